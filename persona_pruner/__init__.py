@@ -1,0 +1,1 @@
+"""Run a language model as one character at a fraction of its cost."""

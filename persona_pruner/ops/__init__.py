@@ -1,0 +1,1 @@
+"""The ops: one module each with the formula, the reference in plain PyTorch, and the choice of backend."""

@@ -1,0 +1,74 @@
+"""Finds the native modules: which were built, and which this processor can run."""
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch  # noqa: F401  loaded first, so that the modules bind to torch's libgomp and share its thread pool
+
+from persona_pruner.errors import InputError
+
+# Instruction sets from best to least, with the processor flags (names of /proc/cpuinfo) that each build uses.
+ISAS = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "baseline": set(),
+}
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Feature names of this processor; empty where the system does not list them."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            row = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    except OSError:
+        row = ":"
+    return frozenset(row.split(":", 1)[1].split())
+
+
+@cache
+def cpu_isa() -> str:
+    """Instruction set in use; PERSONA_PRUNER_ISA forces a lower one (for tests and bug reports)."""
+    wish = os.environ.get("PERSONA_PRUNER_ISA")
+    if wish and wish not in ISAS:
+        raise InputError(f"PERSONA_PRUNER_ISA={wish} is not one of {', '.join(ISAS)}")
+    for isa, needs in ISAS.items():
+        if (wish or isa) == isa and needs <= cpu_flags():
+            return isa
+    raise InputError(f"PERSONA_PRUNER_ISA={wish}: this processor lacks {', '.join(sorted(ISAS[wish] - cpu_flags()))}")
+
+
+@cache
+def cpu_module() -> ModuleType | str:
+    """The CPU module for this processor, or a sentence that says why there is none."""
+    name = f"persona_pruner._cpu_{cpu_isa()}"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return f"{name} is not built ({error})"
+
+
+@cache
+def cuda_module() -> ModuleType | str:
+    """The CUDA module, or a sentence that says why there is none."""
+    try:
+        return importlib.import_module("persona_pruner._cuda")
+    except ImportError as error:
+        return f"persona_pruner._cuda is not built: nvcc was missing or PERSONA_PRUNER_CUDA=0 ({error})"
+
+
+@cache
+def triton_kernels(stem: str) -> ModuleType | str:
+    """`persona_pruner.kernels.<stem>`, or a sentence that says why Triton cannot be used."""
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return "triton is not installed"
+    return importlib.import_module(f"persona_pruner.kernels.{stem}")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, and so on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

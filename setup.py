@@ -1,0 +1,68 @@
+"""Builds the native modules; everything else about the package is in pyproject.toml.
+
+The CPU kernels are compiled once for each instruction set into a module of their own
+(`persona_pruner._cpu_baseline`, `_cpu_avx2`, ...): one shared object never mixes code for two
+processors, and Python imports the best one that the machine can run. The CUDA module
+needs nvcc only, neither torch nor a GPU; PERSONA_PRUNER_CUDA=0 leaves it out.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from glob import glob
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni -mavx2 -mfma -mf16c"
+ISAS = {"baseline": []}
+if X86:
+    ISAS["avx2"] = "-mavx2 -mfma -mf16c".split()
+    ISAS["avx512"] = AVX512.split()
+HEADERS = glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cuda/*.cuh")
+CUDA_ARCHS = os.environ.get("PERSONA_PRUNER_CUDA_ARCHS", "80 86 89 90 100 120").split()
+NVCC = shutil.which("nvcc") if os.environ.get("PERSONA_PRUNER_CUDA", "1") != "0" else None
+
+
+def cpu_extension(isa, flags):
+    name = f"_cpu_{isa}"
+    return Extension(
+        f"persona_pruner.{name}",
+        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        include_dirs=[pybind11.get_include(), "csrc"],
+        define_macros=[("PP_MODULE", name)],
+        extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", *flags],
+        extra_link_args=["-fopenmp"],
+        depends=HEADERS,
+    )
+
+
+class BuildExt(build_ext):
+    def build_extension(self, ext):
+        if not ext.name.endswith("_cuda"):
+            return super().build_extension(ext)
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+        includes = [f"-I{d}" for d in (*ext.include_dirs, *self.compiler.include_dirs)]
+        options = ["-O3", "-std=c++17", "--threads", "0", "-DPP_MODULE=_cuda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        subprocess.check_call([NVCC, "-shared", "-cudart", "static", *options, *codes, *includes, *ext.sources, "-o", target])
+
+
+extensions = [cpu_extension(isa, flags) for isa, flags in ISAS.items()]
+cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+if NVCC and cuda_sources:
+    include_dirs = [pybind11.get_include(), "csrc"]
+    extensions.append(Extension("persona_pruner._cuda", ["csrc/bindings.cpp", *cuda_sources], include_dirs, depends=HEADERS))
+
+setup(
+    packages=[*find_packages(include=["persona_pruner", "persona_pruner.*"]), "persona_pruner.kernels"],
+    package_dir={"persona_pruner.kernels": "kernels"},
+    package_data={"persona_pruner": ["data/*", "report/*.html"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildExt},
+    options={"build_ext": {"parallel": os.cpu_count()}},
+)
