@@ -1,0 +1,208 @@
+// h = act(gate) * up * mask and its backward with the channel scores, and column square sums.
+//
+// Sums over tokens go in two stages: each block of kBlock tokens into a row of its own, then those
+// rows in order, in float64. Nothing depends on the number of threads.
+#include "kernel.h"
+#include "vec.h"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace pp {
+namespace {
+
+constexpr int64_t kBlock = 64;     // tokens a row of partial sums stands for; ops/importance.py allocates by it
+constexpr int64_t kStrip = 2048;   // channels a task walks: its partial sums stay in the L1/L2 cache
+constexpr int64_t kSmall = 32768;  // elements below which starting threads costs more than it saves
+
+enum Act { kSilu, kGeluTanh };
+
+// act(x) = x * s(z) with the logistic function s: z = x for silu, sqrt(8/pi) (x + 0.044715 x^3) for tanh-gelu.
+template <Act act>
+inline VecF argument(VecF x) {
+  if (act == kSilu) return x;
+  return x * (splat(1.5957691216f) + splat(0.07135481283f) * (x * x));
+}
+
+template <Act act>
+inline VecF slope(VecF x) {  // dz/dx
+  if (act == kSilu) return splat(1.0f);
+  return splat(1.5957691216f) + splat(0.21406443849f) * (x * x);
+}
+
+struct Rows {
+  int64_t tokens, channels;
+  int threads;
+
+  int64_t blocks() const { return (tokens + kBlock - 1) / kBlock; }
+
+  // Calls body(block, first token, last token, first channel, last channel) for all tiles, in any order.
+  template <class Body>
+  void tiles(Body body) const {
+    const int64_t strips = (channels + kStrip - 1) / kStrip;
+    const int team = tokens * channels < kSmall ? 1 : threads;
+#pragma omp parallel for num_threads(team) if (team > 1)
+    for (int64_t i = 0; i < blocks() * strips; ++i) {
+      const int64_t b = i / strips, c = i % strips * kStrip;
+      body(b, b * kBlock, std::min(tokens, (b + 1) * kBlock), c, std::min(channels, c + kStrip));
+    }
+  }
+
+  // Second stage: sums the rows of partial sums in order and adds the result to every target that is not null.
+  void reduce(const float* partial, int64_t row_stride, float* assign, float* add) const {
+    const int team = blocks() * channels < kSmall ? 1 : threads;
+#pragma omp parallel for num_threads(team) if (team > 1)
+    for (int64_t c0 = 0; c0 < channels; c0 += 64) {
+      const int64_t n = std::min<int64_t>(64, channels - c0);
+      double sum[64] = {};
+      for (int64_t b = 0; b < blocks(); ++b)
+        for (int64_t c = 0; c < n; ++c) sum[c] += partial[b * row_stride + c0 + c];
+      for (int64_t c = 0; c < n; ++c) {
+        if (assign) assign[c0 + c] = float(sum[c]);
+        if (add) add[c0 + c] += float(sum[c]);
+      }
+    }
+  }
+};
+
+// Runs body(channel, lanes) over [first, last): whole vectors, then the rest.
+template <class Body>
+inline void vectors(int64_t first, int64_t last, Body body) {
+  int64_t c = first;
+  for (; c + kLanes <= last; c += kLanes) body(c, kLanes);
+  if (c < last) body(c, int(last - c));
+}
+
+template <class T>
+inline VecF load_lanes(const T* p, int n) {
+  return n == kLanes ? load(p) : load(p, n);
+}
+
+template <class T>
+inline void store_lanes(T* p, VecF v, int n) {
+  if (n == kLanes) {
+    store(p, v);
+  } else {
+    store(p, v, n);
+  }
+}
+
+template <class T, Act act>
+void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, const float* mask, T* h, Rows rows) {
+  rows.tiles([&](int64_t, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
+    for (int64_t t = t0; t < t1; ++t) {
+      const T *g = gate + t * gate_stride, *u = up + t * up_stride;
+      T* out = h + t * rows.channels;
+      vectors(c0, c1, [&](int64_t c, int n) {
+        const VecF x = load_lanes(g + c, n);
+        const VecF a = x / (splat(1.0f) + exp(-argument<act>(x))) * load_lanes(u + c, n);
+        store_lanes(out + c, a * load_lanes(mask + c, n), n);
+      });
+    }
+  });
+}
+
+template <class T, Act act>
+void backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
+              const float* mask, T* d_gate, T* d_up, float* partial, float* d_mask, float* taylor, float* fisher,
+              Rows rows) {
+  const int64_t C = rows.channels;
+  rows.tiles([&](int64_t b, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
+    float* first = partial + b * 2 * C;  // sums of a*dh, then of its square
+    float* second = first + C;
+    if (partial) {
+      std::fill(first + c0, first + c1, 0.0f);
+      std::fill(second + c0, second + c1, 0.0f);
+    }
+    for (int64_t t = t0; t < t1; ++t) {
+      const T *d = dh + t * dh_stride, *g = gate + t * gate_stride, *u = up + t * up_stride;
+      vectors(c0, c1, [&](int64_t c, int n) {
+        const VecF x = load_lanes(g + c, n), y = load_lanes(u + c, n), dy = load_lanes(d + c, n);
+        const VecF m = load_lanes(mask + c, n);
+        const VecF e = exp(-argument<act>(x));
+        const VecF s = splat(1.0f) / (splat(1.0f) + e);
+        const VecF value = x * s;
+        if (d_gate) {
+          const VecF derivative = s + value * (e * s) * slope<act>(x);  // e*s = 1 - s without cancellation
+          store_lanes(d_gate + t * C + c, derivative * y * m * dy, n);
+        }
+        if (d_up) store_lanes(d_up + t * C + c, value * m * dy, n);
+        if (partial) {
+          const VecF score = value * y * dy;
+          store_lanes(first + c, load_lanes(first + c, n) + score, n);
+          store_lanes(second + c, load_lanes(second + c, n) + score * score, n);
+        }
+      });
+    }
+  });
+  if (!partial) return;
+  rows.reduce(partial, 2 * C, d_mask, taylor);
+  if (fisher) rows.reduce(partial + C, 2 * C, nullptr, fisher);
+}
+
+template <class T>
+void sqnorm(const T* x, int64_t stride, float* partial, float* acc, Rows rows) {
+  rows.tiles([&](int64_t b, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
+    float* sums = partial + b * rows.channels;
+    std::fill(sums + c0, sums + c1, 0.0f);
+    for (int64_t t = t0; t < t1; ++t) {
+      vectors(c0, c1, [&](int64_t c, int n) {
+        const VecF v = load_lanes(x + t * stride + c, n);
+        store_lanes(sums + c, load_lanes(sums + c, n) + v * v, n);
+      });
+    }
+  });
+  rows.reduce(partial, rows.channels, nullptr, acc);
+}
+
+// Calls body with a null pointer of the element type; the codes are those of ops/importance.py.
+template <class Body>
+void by_dtype(int dtype, Body body) {
+  if (dtype == 0) body((float*)nullptr);
+  if (dtype == 1) body((BFloat16*)nullptr);
+  if (dtype == 2) body((Float16*)nullptr);
+}
+
+using Address = std::uintptr_t;
+
+void masked_swiglu_forward(Address gate, int64_t gate_stride, Address up, int64_t up_stride, Address mask, Address h,
+                           int64_t tokens, int64_t channels, int dtype, int act, int threads) {
+  by_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto run = act == kSilu ? forward<T, kSilu> : forward<T, kGeluTanh>;
+    run(pointer<T>(gate), gate_stride, pointer<T>(up), up_stride, pointer<float>(mask), pointer<T>(h),
+        Rows{tokens, channels, threads});
+  });
+}
+
+void masked_swiglu_backward(Address dh, int64_t dh_stride, Address gate, int64_t gate_stride, Address up,
+                            int64_t up_stride, Address mask, Address d_gate, Address d_up, Address partial,
+                            Address d_mask, Address taylor, Address fisher, int64_t tokens, int64_t channels, int dtype,
+                            int act, int threads) {
+  by_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto run = act == kSilu ? backward<T, kSilu> : backward<T, kGeluTanh>;
+    run(pointer<T>(dh), dh_stride, pointer<T>(gate), gate_stride, pointer<T>(up), up_stride, pointer<float>(mask),
+        pointer<T>(d_gate), pointer<T>(d_up), pointer<float>(partial), pointer<float>(d_mask), pointer<float>(taylor),
+        pointer<float>(fisher), Rows{tokens, channels, threads});
+  });
+}
+
+void column_sqnorm(Address x, int64_t stride, Address partial, Address acc, int64_t tokens, int64_t channels, int dtype,
+                   int threads) {
+  by_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    sqnorm(pointer<T>(x), stride, pointer<float>(partial), pointer<float>(acc), Rows{tokens, channels, threads});
+  });
+}
+
+}  // namespace
+
+PP_OP(importance) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def("masked_swiglu_forward", &masked_swiglu_forward, no_gil);
+  m.def("masked_swiglu_backward", &masked_swiglu_backward, no_gil);
+  m.def("column_sqnorm", &column_sqnorm, no_gil);
+}
+
+}  // namespace pp
