@@ -20,7 +20,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni -mavx2 -mfma -mf16c"
 ISAS = {"baseline": []}
 if X86:
-    ISAS["avx2"] = "-mavx2 -mfma -mf16c".split()
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = AVX512.split()
 HEADERS = glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cuda/*.cuh")
 CUDA_ARCHS = os.environ.get("PERSONA_PRUNER_CUDA_ARCHS", "80 86 89 90 100 120").split()
@@ -48,15 +48,27 @@ class BuildExt(build_ext):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         includes = [f"-I{d}" for d in (*ext.include_dirs, *self.compiler.include_dirs)]
-        options = ["-O3", "-std=c++17", "--threads", "0", "-DPP_MODULE=_cuda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        subprocess.check_call([NVCC, "-shared", "-cudart", "static", *options, *codes, *includes, *ext.sources, "-o", target])
+        options = [
+            "-O3",
+            "-std=c++17",
+            "--threads",
+            "0",
+            "-DPP_MODULE=_cuda",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+        ]
+        subprocess.check_call(
+            [NVCC, "-shared", "-cudart", "static", *options, *codes, *includes, *ext.sources, "-o", target]
+        )
 
 
 extensions = [cpu_extension(isa, flags) for isa, flags in ISAS.items()]
 cuda_sources = sorted(glob("csrc/cuda/*.cu"))
 if NVCC and cuda_sources:
     include_dirs = [pybind11.get_include(), "csrc"]
-    extensions.append(Extension("persona_pruner._cuda", ["csrc/bindings.cpp", *cuda_sources], include_dirs, depends=HEADERS))
+    extensions.append(
+        Extension("persona_pruner._cuda", ["csrc/bindings.cpp", *cuda_sources], include_dirs, depends=HEADERS)
+    )
 
 setup(
     packages=[*find_packages(include=["persona_pruner", "persona_pruner.*"]), "persona_pruner.kernels"],

@@ -113,7 +113,9 @@ def _smollm2_folder() -> Path:
         with quiet_transformers():
             return files.write_folder(folder, write)
     except ImportError as error:
-        raise InputError(f"reading the GGUF needs the extra `gguf` (pip install persona-pruner[gguf]): {error}") from error
+        raise InputError(
+            f"reading the GGUF needs the extra `gguf` (pip install persona-pruner[gguf]): {error}"
+        ) from error
 
 
 def locate(name: str | Path) -> str:
@@ -187,9 +189,16 @@ def activation(model: nn.Module) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over the base's shape-defining config and its weights' names and shapes; equal for equal architectures."""
+    """sha256 over the base's config and its weights' names and shapes; equal for equal architectures."""
     config = model.config.get_text_config()
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    keys = (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
     shapes = sorted((name, list(p.shape)) for name, p in model.named_parameters())
     return files.digest([{key: getattr(config, key, None) for key in keys}, shapes])
 

@@ -5,7 +5,6 @@ examples once, then each example's own tokens; a mask lets an example see the pr
 positions continue from the prefix. No padding. [prefix | example 1 | example 2 | ...]
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,7 +57,9 @@ def _pack(examples: Sequence[Example], rows: Sequence[int], prefix: int) -> Pack
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the common start of all sequences, at most one less than the shortest."""
-    return min(len(os.path.commonprefix([list(s) for s in sequences])), *(len(s) - 1 for s in sequences))
+    first, last = min(sequences), max(sequences)
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(shared, *(len(s) - 1 for s in sequences))
 
 
 def pack(examples: Sequence[Example], budget: int = 1024, order: Sequence[int] | None = None) -> list[Pack]:

@@ -302,7 +302,7 @@ def _dump(card: dict[str, Any], where: str, indent: int | None = None) -> bytes:
 def _read(path: str, limit: int) -> bytes:
     try:
         with open(path, "rb") as file:
-            blob = file.read(limit + 1)
+            blob = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)  # read(n) allocates n bytes at once
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(blob) > limit:

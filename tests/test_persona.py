@@ -8,6 +8,7 @@ import os
 import random
 import struct
 import time
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -69,19 +70,16 @@ def text_chunk(keyword, card, kind=b"tEXt"):
     return png_chunk(kind, keyword + b"\0" + text)
 
 
-def chunk_kinds_and_keywords(blob):
-    """A second, independent walk over the chunks."""
+def text_keywords(blob):
+    """Keywords of the text chunks in order, by an independent walk that checks every checksum."""
     found, start = [], 8
     while start < len(blob):
-        length = int.from_bytes(blob[start : start + 4], "big")
-        body = blob[start + 8 : start + 8 + length]
-        assert zlib.crc32(blob[start + 4 : start + 8 + length]) == int.from_bytes(
-            blob[start + 8 + length : start + 12 + length], "big"
-        )
-        found.append(
-            (blob[start + 4 : start + 8], body.split(b"\0")[0] if blob[start + 4 : start + 8] == b"tEXt" else b"")
-        )
-        start += 12 + length
+        end = start + 8 + int.from_bytes(blob[start : start + 4], "big")
+        kind, body = blob[start + 4 : start + 8], blob[start + 8 : end]
+        assert zlib.crc32(kind + body) == int.from_bytes(blob[end : end + 4], "big")
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            found.append(body.split(b"\0")[0])
+        start = end + 4
     return found
 
 
@@ -263,10 +261,10 @@ def test_bad_dicts():
             Persona.from_card(card)
 
 
-@pytest.mark.parametrize("path", sorted(CARDS.glob("*.json")) + sorted(CARDS.glob("*.png")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CARDS.glob("*.*")), ids=lambda path: path.name)
 def test_example_cards_load(path, tmp_path):
     persona = Persona.load(path)
-    assert persona.name != "Character" and persona.greeting()
+    assert persona.name != "Character"
     assert "{{" not in persona.system_prompt() + persona.greeting()
     persona.save(tmp_path / "again.png")
     assert Persona.load(tmp_path / "again.png").fingerprint == persona.fingerprint
@@ -288,6 +286,11 @@ def test_each_kind_of_text_chunk(tmp_path, kind):
 def test_ccv3_wins_over_chara_in_either_order(tmp_path, swap):
     chunks = [text_chunk(b"chara", {**V1, "name": "Old"}), text_chunk(b"ccv3", V3)]
     assert Persona.load(put(tmp_path, "c.png", png(*(chunks[::-1] if swap else chunks)))).name == "Mira"
+
+
+def test_the_first_of_two_cards_with_one_keyword_counts(tmp_path):
+    chunks = text_chunk(b"chara", V1), text_chunk(b"chara", {**V1, "name": "Second"})
+    assert Persona.load(put(tmp_path, "c.png", png(*chunks))).name == "Mira"
 
 
 def test_base64_may_be_wrapped_unpadded_and_the_keyword_capitalised(tmp_path):
@@ -348,15 +351,13 @@ def test_random_and_mutated_bytes_raise_nothing_but_input_error(tmp_path, suffix
         if turn % 4 == 0:
             blob = bytearray(SIGNATURE * (turn % 8 == 0) + rng.randbytes(rng.randrange(300)))
         elif turn % 4 == 1:
-            del blob[(at := rng.randrange(len(blob))) : at + rng.randrange(1, 40)]
+            at = rng.randrange(len(blob))
+            del blob[at : at + rng.randrange(1, 40)]
         else:
-            # The last bytes of a zip are its directory: the part that steers the reader.
+            # The last bytes of a zip are its directory, which steers the reader.
+            first = len(blob) - 90 if turn % 4 == 2 else 0
             for _ in range(rng.randrange(1, 6)):
-                blob[
-                    rng.randrange(len(blob) - 90 * (turn % 4 == 2), len(blob))
-                    if turn % 4 == 2
-                    else rng.randrange(len(blob))
-                ] = rng.randrange(256)
+                blob[rng.randrange(first, len(blob))] = rng.randrange(256)
         try:
             assert isinstance(Persona.load(put(tmp_path, "c" + suffix, bytes(blob))), Persona)
         except InputError:
@@ -367,25 +368,48 @@ def test_random_and_mutated_bytes_raise_nothing_but_input_error(tmp_path, suffix
 # Bombs
 
 
-def test_bombs_are_refused_quickly(tmp_path):
-    zeros = bytes(200 << 20)
-    deflated = zlib.compress(zeros, 1)
-    assert len(deflated) < 2 << 20
-    started = time.perf_counter()
-    refused(put(tmp_path, "z.png", png(png_chunk(b"zTXt", b"chara\0\0" + deflated))), "decompresses to more than")
-    refused(put(tmp_path, "i.png", png(png_chunk(b"iTXt", b"ccv3\0\1\0\0\0" + deflated))), "decompresses to more than")
-    spaces = charx(b'{"description": "a b"}' + b" " * (MAX_CARD + 1))
-    refused(put(tmp_path, "z.charx", spaces), "larger than 8 MiB")
+def peak_memory(work):
+    """Most bytes held at once while `work` ran."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_compressed_cards_are_bounded_while_they_are_read(tmp_path):
+    stream = zlib.compressobj(1)
+    deflated = b"".join([stream.compress(bytes(1 << 20)) for _ in range(100)]) + stream.flush()
+    for name, blob, problem in [
+        ("z.png", png(png_chunk(b"zTXt", b"chara\0\0" + deflated)), "decompresses to more than"),
+        ("i.png", png(png_chunk(b"iTXt", b"ccv3\0\1\0\0\0" + deflated)), "decompresses to more than"),
+        ("z.charx", charx(bytes(100 << 20)), "larger than 8 MiB"),
+    ]:
+        path = put(tmp_path, name, blob)
+        assert peak_memory(lambda path=path, problem=problem: refused(path, problem)) < 50 << 20
+
+
+def test_a_long_comment_takes_no_memory_for_each_of_its_braces():
+    persona = Persona.from_card(V1)
+    assert persona.resolve("{{// " + "{{a}}" * 50 + "}}") == ""
+    text = "{{// " + "{{a}}" * 100_000
+    assert peak_memory(lambda: persona.resolve(text)) < 4 * len(text)
+
+
+def test_sizes_are_bounded(tmp_path):
+    spaces = b'{"description": "a b"}' + b" " * MAX_CARD
+    refused(put(tmp_path, "c.charx", charx(spaces)), "larger than 8 MiB")
+    refused(put(tmp_path, "c.png", png(png_chunk(b"tEXt", b"chara\0" + base64.b64encode(spaces)))), "larger than 8 MiB")
     refused(put(tmp_path, "n.charx", charx(V1) + b"PK\1\2" * (MAX_ZIP_ENTRIES + 1)), "entries")
-    with open(tmp_path / "big.json", "wb") as file:
-        file.truncate(1 << 40)  # sparse: no disk is used
-    refused(tmp_path / "big.json", "larger than 8 MiB")
-    for name in ("big.png", "big.charx"):
+    for name, size, problem in [
+        ("big.json", 1 << 36, "larger than 8 MiB"),
+        ("big.png", MAX_FILE + 1, "larger than 64 MiB"),
+        ("big.charx", MAX_FILE + 1, "larger than 64 MiB"),
+    ]:
         with open(tmp_path / name, "wb") as file:
-            file.truncate(MAX_FILE + 1)
-        refused(tmp_path / name, "larger than 64 MiB")
-    refused(put(tmp_path, "long.png", png(text_chunk(b"chara", {"description": "a " * MAX_CARD}))), "larger than 8 MiB")
-    assert time.perf_counter() - started < 5
+            file.truncate(size)  # sparse: takes no disk
+        refused(tmp_path / name, problem)
 
 
 @pytest.mark.parametrize(
@@ -481,11 +505,7 @@ def test_original_stands_for_the_default_prompt():
         ("{{user}} {{USER}} <USER> <user>", "Ann Ann Ann Ann"),
         ("a{{// hidden}}b{{comment: seen}}c{{COMMENT:x}}d", "abcd"),
         ("a{{// for {{user}} and {a} brace\nnext line }}b", "ab"),
-        (
-            "{{random:a,b}} {{roll:6}} {{original}} {char} {{chars}}",
-            "{{random:a,b}} {{roll:6}} {{original}} {char} {{chars}}",
-        ),
-        ("{{// never closed", "{{// never closed"),
+        *[(text, text) for text in ("{{random:a,b}} {{roll:6}} {{original}} {char} {{chars}}", "{{// never closed")],
     ],
 )
 def test_macros(text, expected):
@@ -561,11 +581,7 @@ def test_png_save_replaces_old_cards_and_keeps_the_picture(tmp_path):
     path = tmp_path / "c.png"
     Persona.from_card(V3).save(path, image=blob)
     written = path.read_bytes()
-    assert [keyword for kind, keyword in chunk_kinds_and_keywords(written) if kind[1:] in (b"EXt", b"TXt")] == [
-        b"chara",
-        b"ccv3",
-        b"Comment",
-    ]
+    assert text_keywords(written) == [b"chara", b"ccv3", b"Comment"]
     assert Persona.load(path).name == "Mira"
     with image.open(path) as reopened:
         assert reopened.tobytes() == picture.tobytes()
@@ -645,13 +661,12 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=8,
 )
-known = {
-    key: words for key in ("name", "personality", "scenario", "first_mes", "mes_example", "system_prompt", "nickname")
-}
+known = {key: words for key in (*V1, "system_prompt", "nickname") if key != "description"}
 known |= {key: st.lists(words, max_size=3) for key in ("alternate_greetings", "tags")}
+some_keys = st.sampled_from(["spec", "data", "instruction", "description", "name", "tags"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     data=st.fixed_dictionaries({"description": words.map(lambda text: f"Mira {text}")}, optional=known),
     extra=st.dictionaries(words.map(lambda key: f"x_{key}"), json_values, max_size=3),
@@ -666,10 +681,8 @@ def test_any_card_survives_to_card(data, extra, wrapped):
     assert written["data"].items() >= extra.items()
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    card=st.dictionaries(st.sampled_from(["spec", "data", "instruction", "description", "name", "tags"]), json_values)
-)
+@settings(max_examples=150, deadline=None)
+@given(card=st.dictionaries(some_keys, json_values))
 def test_any_json_object_is_a_persona_or_an_input_error(card):
     try:
         persona = Persona.from_card(card)

@@ -1,0 +1,1 @@
+"""How well a pruned model still plays the character, and how fast it runs."""

@@ -1,0 +1,1 @@
+"""What a pruned persona is stored as."""

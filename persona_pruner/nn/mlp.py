@@ -1,0 +1,106 @@
+"""Gated MLPs under a channel mask, and gated MLPs with the dropped channels cut out."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from persona_pruner import models
+from persona_pruner.errors import InputError
+from persona_pruner.ops import masked_swiglu
+
+
+class MaskedMLP(nn.Module):
+    """A gated MLP whose channels are multiplied by a mask: down(act(gate(x)) * up(x) * mask).
+
+    Shares the weights of `mlp`. `mask` is bool or float32 [C]; `taylor` and `fisher`, float32 [C], gather
+    channel scores during the backward pass (see `ops.masked_swiglu`).
+    """
+
+    def __init__(
+        self, mlp: nn.Module, mask: Tensor, act: str, taylor: Tensor | None = None, fisher: Tensor | None = None
+    ):
+        super().__init__()
+        self.mlp, self.act, self.mask, self.taylor, self.fisher = mlp, act, mask, taylor, fisher
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., C]: what enters down_proj."""
+        gate, up = self.mlp.gate_proj(x), self.mlp.up_proj(x)
+        return masked_swiglu(gate, up, self.mask, self.act, self.taylor, self.fisher)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp.down_proj(self.hidden(x))
+
+
+@contextmanager
+def masked(model: nn.Module, masks: Sequence[Tensor], taylor=None, fisher=None):
+    """Within the context every MLP of the model runs under its mask (a list with one [C] tensor a layer).
+
+    Yields the MaskedMLPs in layer order. Weights are shared and the model is as before afterwards.
+    """
+    act, mlps, layers = models.activation(model), models.gated_mlps(model), models.decoder_layers(model)
+    none = [None] * len(mlps)
+    wrapped = [
+        MaskedMLP(*parts) for parts in zip(mlps, masks, [act] * len(mlps), taylor or none, fisher or none, strict=True)
+    ]
+    for layer, mlp in zip(layers, wrapped, strict=True):
+        layer.mlp = mlp
+    try:
+        yield wrapped
+    finally:
+        for layer, mlp in zip(layers, mlps, strict=True):
+            layer.mlp = mlp
+
+
+@contextmanager
+def replaced_down(model: nn.Module, down: Sequence[Tensor]):
+    """Within the context every layer's W_down is the given weight; with zero columns it acts as a mask as well."""
+    projections = [mlp.down_proj for mlp in models.gated_mlps(model)]
+    dense = [projection.weight for projection in projections]
+    for projection, weight in zip(projections, down, strict=True):
+        projection.weight = nn.Parameter(weight, requires_grad=False)
+    try:
+        yield model
+    finally:
+        for projection, weight in zip(projections, dense, strict=True):
+            projection.weight = weight
+
+
+def _sliced(linear: nn.Linear, kept: Tensor, dim: int) -> nn.Linear:
+    weight = linear.weight.index_select(dim, kept)
+    new = nn.Linear(weight.shape[1], weight.shape[0], linear.bias is not None, device="meta")
+    new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    if linear.bias is not None:
+        bias = linear.bias.detach().clone() if dim else linear.bias.index_select(0, kept)
+        new.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+    return new
+
+
+def slim_(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
+    """Cuts the channels outside the masks (bool [C] a layer) out of the model, in place.
+
+    Equal widths also go into the config (`intermediate_size`), so that the saved checkpoint is a plain one.
+    Raises InputError when a mask has the wrong length or keeps nothing.
+    """
+    mlps = models.gated_mlps(model)
+    if [len(mask) for mask in masks] != models.widths(model):
+        raise InputError(
+            f"the masks fit widths {sorted({len(m) for m in masks})}, the model has {sorted(set(models.widths(model)))}"
+        )
+    if not all(bool(mask.any()) for mask in masks):
+        raise InputError("a mask keeps no channel in some layer")
+    for mlp, mask in zip(mlps, masks, strict=True):
+        kept = mask.to(mlp.gate_proj.weight.device).nonzero()[:, 0]
+        mlp.gate_proj, mlp.up_proj = _sliced(mlp.gate_proj, kept, 0), _sliced(mlp.up_proj, kept, 0)
+        mlp.down_proj = _sliced(mlp.down_proj, kept, 1)
+        if hasattr(mlp, "intermediate_size"):
+            mlp.intermediate_size = len(kept)
+    width = set(models.widths(model))
+    if len(width) == 1:
+        model.config.get_text_config().intermediate_size = width.pop()
+    return model
+
+
+def ffn_bytes(model: nn.Module) -> int:
+    """Bytes of all FFN weights."""
+    return sum(p.numel() * p.element_size() for mlp in models.gated_mlps(model) for p in mlp.parameters())

@@ -1,0 +1,63 @@
+"""Channel masks from channel scores."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from persona_pruner.errors import InputError
+
+MULTIPLE = 64  # widths that 2:4 tiles, tensor parallelism and GGUF row blocks can all use
+
+
+def check_ratio(ratio: float) -> float:
+    """The share of channels to remove. Raises InputError outside (0, 1)."""
+    if not 0 < ratio < 1:
+        raise InputError(f"ratio {ratio} is not between 0 and 1; it is the share of FFN channels to remove")
+    return ratio
+
+
+def kept_width(width: int, ratio: float, multiple: int = MULTIPLE) -> int:
+    """Channels to keep of `width`, rounded to the nearest multiple (any number for widths that are none themselves)."""
+    step = multiple if width % multiple == 0 and width >= 4 * multiple else 1
+    return min(width, max(step, round(width * (1 - check_ratio(ratio)) / step) * step))
+
+
+def top_k(scores: Tensor, keep: int) -> Tensor:
+    """bool mask of the `keep` largest scores; among equals the first. NaN scores count as lowest."""
+    order = scores.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    mask[order[:keep]] = True
+    return mask
+
+
+def top_k_per_layer(scores: Sequence[Tensor], ratio: float, multiple: int = MULTIPLE) -> list[Tensor]:
+    """The same share of channels kept in every layer: a checkpoint that every engine loads."""
+    return [top_k(layer, kept_width(len(layer), ratio, multiple)) for layer in scores]
+
+
+def top_k_global(scores: Sequence[Tensor], ratio: float, multiple: int = MULTIPLE) -> list[Tensor]:
+    """The best channels of the whole model, as many in all as `top_k_per_layer` keeps; widths differ between layers.
+
+    Scores must be comparable across layers (Fisher and Taylor are). Every layer keeps at least a sixteenth.
+    """
+    total = sum(kept_width(len(layer), ratio, multiple) for layer in scores)
+    forced = torch.cat([torch.where(top_k(layer, max(1, len(layer) // 16)), torch.inf, layer) for layer in scores])
+    return list(top_k(forced, total).split([len(layer) for layer in scores]))
+
+
+SCOPES = {"layer": top_k_per_layer, "global": top_k_global}
+
+
+def choose(scores: Sequence[Tensor], ratio: float, scope: str = "layer", multiple: int = MULTIPLE) -> list[Tensor]:
+    """Masks by scope "layer" or "global". Raises InputError for another scope or a ratio outside (0, 1)."""
+    if scope not in SCOPES:
+        raise InputError(f"scope {scope!r} is not one of {', '.join(SCOPES)}")
+    return SCOPES[scope](scores, ratio, multiple)
+
+
+def agreement(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Jaccard similarity of two masks: channels kept by both over channels kept by either."""
+    both = sum(int((x & y).sum()) for x, y in zip(a, b, strict=True))
+    either = sum(int((x | y).sum()) for x, y in zip(a, b, strict=True))
+    return both / either if either else 1.0

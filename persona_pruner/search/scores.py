@@ -1,0 +1,118 @@
+"""Channel scores: how much each FFN channel matters, by magnitude, by calibration activations or by gradients."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from persona_pruner import models
+from persona_pruner.errors import InputError
+from persona_pruner.nn import masked
+from persona_pruner.ops import column_sqnorm_
+from persona_pruner.packing import Pack, answer_states, hidden_states
+from persona_pruner.search.losses import cross_entropy, sample_labels
+
+
+def _zeros(model: nn.Module) -> list[Tensor]:
+    device = model.get_input_embeddings().weight.device
+    return [torch.zeros(width, dtype=torch.float32, device=device) for width in models.widths(model)]
+
+
+def _everything(model: nn.Module) -> list[Tensor]:
+    return [torch.ones_like(zeros, dtype=torch.bool) for zeros in _zeros(model)]
+
+
+@dataclass
+class Context:
+    """What a score may look at: the frozen model, packed calibration data, a seed, and whom to tell of progress."""
+
+    model: nn.Module
+    packs: Sequence[Pack] = ()
+    seed: int = 0
+    step: Callable[[int], None] = lambda done: None
+
+
+def random(context: Context) -> list[Tensor]:
+    """Independent uniform scores: the floor every method must beat."""
+    generator = torch.Generator().manual_seed(context.seed)
+    return [torch.rand(len(zeros), generator=generator).to(zeros.device) for zeros in _zeros(context.model)]
+
+
+def magnitude(context: Context) -> list[Tensor]:
+    """L2 norm of a channel's weights: row of W_gate, row of W_up, column of W_down (Han et al. 2015, grouped)."""
+
+    def norm(mlp: nn.Module) -> Tensor:
+        rows = mlp.gate_proj.weight.float().square().sum(1) + mlp.up_proj.weight.float().square().sum(1)
+        return (rows + mlp.down_proj.weight.float().square().sum(0)).sqrt()
+
+    return [norm(mlp) for mlp in models.gated_mlps(context.model)]
+
+
+@torch.no_grad()
+def input_sqnorms(context: Context) -> list[Tensor]:
+    """float32 [C] a layer: sum over calibration tokens of h^2, with h what enters down_proj."""
+    sums = _zeros(context.model)
+    hooks = [
+        mlp.down_proj.register_forward_pre_hook(lambda _, args, acc=acc: column_sqnorm_(args[0], acc))
+        for mlp, acc in zip(models.gated_mlps(context.model), sums, strict=True)
+    ]
+    try:
+        for batch in context.packs:
+            hidden_states(context.model, batch.to(sums[0].device))
+            context.step(1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
+
+
+def wanda(context: Context) -> list[Tensor]:
+    """Wanda (Sun et al., ICLR 2024: |W| * ||x||_2) summed over the column of W_down that a channel owns."""
+    mlps = models.gated_mlps(context.model)
+    norms = input_sqnorms(context)
+    return [norm.sqrt() * mlp.down_proj.weight.float().abs().sum(0) for mlp, norm in zip(mlps, norms, strict=True)]
+
+
+def _gradient_scores(context: Context, sampled: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Taylor and Fisher sums of the cross-entropy, with labels from the data or sampled from the model."""
+    taylor, fisher = _zeros(context.model), _zeros(context.model)
+    device = taylor[0].device
+    generator = torch.Generator(device).manual_seed(context.seed)
+    with masked(context.model, _everything(context.model), taylor, fisher):
+        for batch in context.packs:
+            batch = batch.to(device)
+            states = answer_states(context.model, batch)
+            target = sample_labels(context.model, states, generator) if sampled else batch.target
+            cross_entropy(context.model, states, target).backward()
+            context.step(1)
+    return taylor, fisher
+
+
+def taylor(context: Context) -> list[Tensor]:
+    """LLM-Pruner (Ma et al., NeurIPS 2023), first order: |sum of weight * gradient| over a channel's group, which
+    for a channel's mask m is |dLoss/dm| at m = 1. Simplified: the gate row's own term, which m does not see, is
+    left out."""
+    return [score.abs() for score in _gradient_scores(context, sampled=False)[0]]
+
+
+def fisher(context: Context) -> list[Tensor]:
+    """Diagonal Fisher information of a channel's mask: sum over tokens of (dLoss/dm)^2, labels drawn from the model
+    itself, so that the score is the local curvature of KL(dense || masked). Comparable across layers."""
+    return _gradient_scores(context, sampled=True)[1]
+
+
+SCORES: dict[str, Callable[[Context], list[Tensor]]] = {
+    "random": random,
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "taylor": taylor,
+    "fisher": fisher,
+}
+
+
+def channel_scores(method: str, context: Context) -> list[Tensor]:
+    """Scores of one method, float32 [C] a layer. Raises InputError for an unknown method."""
+    if method not in SCORES:
+        raise InputError(f"score {method!r} is not one of {', '.join(SCORES)}")
+    return SCORES[method](context)
