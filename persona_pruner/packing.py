@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from persona_pruner.packed_attention import Layout, packed_attention
+
 
 @dataclass(frozen=True)
 class Example:
@@ -88,33 +90,20 @@ def text_packs(sequences: Sequence[list[int]]) -> list[Pack]:
     return [_pack([Example(ids[:1], ids[1:])], [row], 0) for row, ids in enumerate(sequences) if len(ids) > 1]
 
 
-def attention_masks(model: nn.Module, pack: Pack) -> Tensor | dict[str, Tensor]:
-    """Additive [1, 1, T, T] mask of a pack (0 or -inf-like) in the model's dtype; by layer type where they differ."""
-    segment, position = pack.segment, pack.position_ids
-    order = torch.arange(len(segment), device=segment.device)
-    allowed = (segment[None, :] == 0) | (segment[None, :] == segment[:, None])
-    allowed &= order[None, :] <= order[:, None]
-    lowest = torch.finfo(model.dtype).min
-
-    def additive(keep: Tensor) -> Tensor:
-        return torch.zeros(keep.shape, dtype=model.dtype, device=keep.device).masked_fill_(~keep, lowest)[None, None]
-
-    config = model.config.get_text_config()
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
-        return additive(allowed)
-    near = position[:, None] - position[None, :] < config.sliding_window
-    return {"full_attention": additive(allowed), "sliding_attention": additive(allowed & near)}
-
-
 def hidden_states(model: nn.Module, pack: Pack, **kwargs):
     """The decoder's output on a pack (transformers' output object; last_hidden_state is [1, T, hidden])."""
-    return model.get_decoder()(
-        input_ids=pack.input_ids[None],
-        position_ids=pack.position_ids[None],
-        attention_mask=attention_masks(model, pack),
-        use_cache=False,
-        **kwargs,
-    )
+    decoder, layout = model.get_decoder(), Layout(pack.segment, pack.position_ids)
+    unused = torch.empty(1, 1, 0, 0)  # a mask of four dimensions is handed through as it is; the layout takes its place
+    kinds = set(getattr(decoder.config, "layer_types", None) or ())
+    with packed_attention(decoder):
+        return decoder(
+            input_ids=pack.input_ids[None],
+            position_ids=pack.position_ids[None],
+            attention_mask={kind: unused for kind in kinds} if kinds else unused,
+            layout=layout,
+            use_cache=False,
+            **kwargs,
+        )
 
 
 def answer_states(model: nn.Module, pack: Pack) -> Tensor:

@@ -11,7 +11,7 @@ from persona_pruner.errors import InputError
 from persona_pruner.nn import masked
 from persona_pruner.ops import column_sqnorm_
 from persona_pruner.packing import Pack, answer_states, hidden_states
-from persona_pruner.search.losses import cross_entropy, sample_labels
+from persona_pruner.search.losses import cross_entropy, sampled_cross_entropy
 
 
 def _zeros(model: nn.Module) -> list[Tensor]:
@@ -87,8 +87,11 @@ def _gradient_scores(context: Context, sampled: bool) -> tuple[list[Tensor], lis
         for batch in context.packs:
             batch = batch.to(device)
             states = answer_states(context.model, batch)
-            target = sample_labels(context.model, states, generator) if sampled else batch.target
-            cross_entropy(context.model, states, target).backward()
+            if sampled:
+                loss = sampled_cross_entropy(context.model, states, generator)
+            else:
+                loss = cross_entropy(context.model, states, batch.target)
+            loss.backward()
             context.step(1)
     return taylor, fisher
 
