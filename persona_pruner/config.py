@@ -17,9 +17,9 @@ class SculptConfig(BaseModel):
     scope: Literal["layer", "global"] = "layer"
     seed: int = Field(0, ge=0)
 
-    own_questions: int = Field(192, ge=0, description="questions the base model writes for the persona")
-    bank_questions: int = Field(96, ge=0, description="most persona-sensitive questions kept of the bank")
-    bank_candidates: int = Field(160, ge=0, description="bank questions whose sensitivity is measured")
+    own_questions: int = Field(128, ge=0, description="questions the base model writes for the persona")
+    bank_questions: int = Field(64, ge=0, description="most persona-sensitive questions kept of the bank")
+    bank_candidates: int = Field(128, ge=0, description="bank questions whose sensitivity is measured")
     filter: bool = Field(True, description="sensitivity filter; without it bank questions are drawn at random")
     questions: tuple[str, ...] = Field((), description="further question files or datasets, added to the bank")
     eval_questions: str | None = Field(None, description="held-out question file instead of the bundled held-out split")
@@ -31,7 +31,7 @@ class SculptConfig(BaseModel):
 
     start: Literal["fisher", "wanda", "taylor", "random"] = "fisher"
     loss: Literal["kl", "ce"] = "kl"
-    steps: int = Field(24, ge=0)
+    steps: int = Field(16, ge=0)
     lr: float = Field(0.08, gt=0)
     budget: int = Field(1536, ge=64, description="tokens of a packed batch")
     repair: bool = True

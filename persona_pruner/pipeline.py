@@ -334,6 +334,12 @@ def sculpt(
     scores = _scores(run, calibration, root)
     masks, state = _search(run, calibration, scores, files.digest([root, config.start]))
 
+    finished = files.digest([root, config.dump()])
+    if folder and (numbers := work.read("finished", finished)) and (folder / "slim").is_dir():
+        progress.note(f"{folder} is complete for these settings; nothing was computed anew")
+        slim, _ = models.load_model(folder / "slim", model.device, model.dtype)
+        return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
+
     other = "global" if config.scope == "layer" else "layer"
     spread = choice.choose(scores, config.ratio, other)
     repaired = [None, None]
@@ -380,5 +386,7 @@ def sculpt(
     )
     result = SculptResult(file, slim, numbers, folder)
     if folder:
+        work.forget("finished")
         _write(run, folder, result)
+        work.write("finished", finished, numbers)
     return result

@@ -30,6 +30,11 @@ class Workspace:
         if self.folder is not None:
             files.write_json(self.folder / f"{name}.json", {"key": key, "value": value})
 
+    def forget(self, name: str) -> None:
+        """Removes a stored value, because what it stands for is about to change."""
+        if self.folder is not None:
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
+
     def value(self, name: str, key: str, make: Callable):
         """The stored JSON value, else `make()`, stored."""
         found = self.read(name, key)
