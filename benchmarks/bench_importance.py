@@ -131,7 +131,8 @@ def main() -> None:
                         f"{threads} threads {name} [{args.tokens}, {channels}] {act}: fwd+bwd {row['ours_ms']:.2f} ms, "
                         f"{row['plain_over_ours']:.2f}x plain, {row['tuned_over_ours']:.2f}x tuned, "
                         f"{row['gbs']:.1f} GB/s (copy {row['copy_gbs']:.1f}); "
-                        f"forward {row['forward_gain']:.2f}x plain; sqnorm {row['sqnorm_gain']:.2f}x, {row['sqnorm_gbs']:.1f} GB/s",
+                        f"forward {row['forward_gain']:.2f}x plain; "
+                        f"sqnorm {row['sqnorm_gain']:.2f}x, {row['sqnorm_gbs']:.1f} GB/s",
                         flush=True,
                     )
     if args.json:

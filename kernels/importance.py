@@ -13,18 +13,24 @@ WARPS = 4
 
 
 @triton.jit
-def _logistic(x, GELU: tl.constexpr):
-    """act(x) = x * s(z): returns s(z), 1 - s(z) and dz/dx."""
+def _act(x, GELU: tl.constexpr):
+    """act(x) = x * s(z): returns x, s(z) and act'(x).
+
+    Beyond +-1e4 act is 0 or x, with slope 0 or 1, in every bit: exp(-87), where the exponential stops, times 1e4
+    vanishes, but times 1e38 it would not.
+    """
+    x = tl.where(x < -1e4, -1e4, x)  # NaN stays
+    near = tl.where(x > 1e4, 1e4, x)
     if GELU:
-        square = x * x
-        z = x * (1.5957691216 + 0.07135481283 * square)
+        square = near * near
+        z = near * (1.5957691216 + 0.07135481283 * square)
         dz = 1.5957691216 + 0.21406443849 * square
     else:
-        z = x
-        dz = x * 0.0 + 1.0
-    e = tl.exp(tl.minimum(-z, 87.0))  # finite, and so is e*s; a NaN in x comes back through act(x) = x*s
+        z = near
+        dz = 1.0
+    e = tl.exp(tl.minimum(-z, 87.0))  # finite, and so is e*s = 1 - s; a NaN in x comes back through x*s
     s = 1.0 / (1.0 + e)
-    return s, e * s, dz
+    return x, s, s + near * s * (e * s) * dz
 
 
 @triton.jit
@@ -48,7 +54,7 @@ def _forward(
         live = (token < tokens)[:, None] & real[None, :]
         x = tl.load(gate + token[:, None] * gate_stride + channel[None, :], mask=live, other=0.0).to(tl.float32)
         y = tl.load(up + token[:, None] * up_stride + channel[None, :], mask=live, other=0.0).to(tl.float32)
-        s, _, _ = _logistic(x, GELU)
+        x, s, _ = _act(x, GELU)
         out = x * s * y * m[None, :]
         tl.store(h + token[:, None] * channels + channel[None, :], out.to(h.dtype.element_ty), mask=live)
         token += ROWS
@@ -69,11 +75,11 @@ def _backward(
         x = tl.load(gate + token[:, None] * gate_stride + channel[None, :], mask=live, other=0.0).to(tl.float32)
         y = tl.load(up + token[:, None] * up_stride + channel[None, :], mask=live, other=0.0).to(tl.float32)
         dy = tl.load(dh + token[:, None] * dh_stride + channel[None, :], mask=live, other=0.0).to(tl.float32)
-        s, rest, dz = _logistic(x, GELU)
+        x, s, slope = _act(x, GELU)
         value = x * s
         here = token[:, None] * channels + channel[None, :]
         if GATE:
-            out = (s + value * rest * dz) * y * m[None, :] * dy
+            out = slope * y * m[None, :] * dy
             tl.store(d_gate + here, out.to(d_gate.dtype.element_ty), mask=live)
         if UP:
             out = value * m[None, :] * dy

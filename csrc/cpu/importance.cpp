@@ -15,6 +15,10 @@ constexpr int64_t kBlock = 64;     // tokens a row of partial sums stands for; o
 constexpr int64_t kStrip = 2048;   // channels a task walks: its partial sums stay in the L1/L2 cache
 constexpr int64_t kSmall = 32768;  // elements below which starting threads costs more than it saves
 
+// Beyond +-kFar both functions are 0 or x, with slope 0 or 1, in every bit: exp(-87), where our exp stops, times kFar
+// vanishes, but times 1e38 it would not.
+constexpr float kFar = 1e4f;
+
 enum Act { kSilu, kGeluTanh };
 
 // act(x) = x * s(z) with the logistic function s: z = x for silu, sqrt(8/pi) (x + 0.044715 x^3) for tanh-gelu.
@@ -23,6 +27,9 @@ inline VecF argument(VecF x) {
   if (act == kSilu) return x;
   return x * (splat(1.5957691216f) + splat(0.07135481283f) * (x * x));
 }
+
+inline VecF not_below(VecF x) { return x < splat(-kFar) ? splat(-kFar) : x; }  // NaN stays, here and below
+inline VecF not_above(VecF x) { return x > splat(kFar) ? splat(kFar) : x; }
 
 template <Act act>
 inline VecF slope(VecF x) {  // dz/dx
@@ -103,7 +110,7 @@ void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
       const T *g = gate + t * gate_stride, *u = up + t * up_stride;
       T* out = h + t * rows.channels;
       vectors(c0, c1, [&](int64_t c, int n) {
-        const VecF x = load_lanes(g + c, n);
+        const VecF x = not_below(load_lanes(g + c, n));
         const VecF a = x / (splat(1.0f) + exp(-argument<act>(x))) * load_lanes(u + c, n);
         store_lanes(out + c, a * load_lanes(mask + c, n), n);
       });
@@ -128,13 +135,14 @@ void backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride
         const VecF m = load_lanes(mask + c, n);
         VecF sum{}, squares{};
         for (int64_t i = t; i < t + group; ++i) {
-          const VecF x = load_lanes(gate + i * gate_stride + c, n), y = load_lanes(up + i * up_stride + c, n);
-          const VecF dy = load_lanes(dh + i * dh_stride + c, n);
+          const VecF x = not_below(load_lanes(gate + i * gate_stride + c, n));
+          const VecF y = load_lanes(up + i * up_stride + c, n), dy = load_lanes(dh + i * dh_stride + c, n);
           const VecF e = exp(-argument<act>(x));
           const VecF s = splat(1.0f) / (splat(1.0f) + e);
           const VecF value = x * s;
           if (d_gate) {
-            const VecF derivative = s + value * (e * s) * slope<act>(x);  // e*s = 1 - s without cancellation
+            const VecF near = not_above(x);
+            const VecF derivative = s + near * s * (e * s) * slope<act>(near);  // e*s = 1 - s without cancellation
             store_lanes(d_gate + i * C + c, derivative * y * m * dy, n);
           }
           if (d_up) store_lanes(d_up + i * C + c, value * m * dy, n);

@@ -16,6 +16,10 @@ constexpr int kTile = 128;  // channels of a block
 constexpr int kBlock = 64;  // tokens of a block: BLOCK in persona_pruner/ops/importance.py
 constexpr int kRow = 176;   // floats of a row of sums in shared memory, see Sums
 
+// Beyond +-kFar both functions are 0 or x, with slope 0 or 1, in every bit: exp(-87), where the exponential stops, times
+// kFar vanishes, but times 1e38 it would not.
+constexpr float kFar = 1e4f;
+
 enum Act { kSilu, kGeluTanh };
 
 template <class T, int V>
@@ -57,6 +61,9 @@ struct Logistic {
     return {s, e * s};
   }
 };
+
+__device__ inline float not_below(float x) { return x < -kFar ? -kFar : x; }  // NaN stays, here and below
+__device__ inline float not_above(float x) { return x > kFar ? kFar : x; }
 
 template <Act act>
 __device__ inline float slope(float x) {  // dz/dx
@@ -119,7 +126,10 @@ __global__ void __launch_bounds__(kThreads)
     load(gate + t * gate_stride + at.channel, x);
     load(up + t * up_stride + at.channel, y);
 #pragma unroll
-    for (int j = 0; j < V; ++j) y[j] *= x[j] * Logistic::of<act>(x[j]).s * m[j];
+    for (int j = 0; j < V; ++j) {
+      const float g = not_below(x[j]);
+      y[j] *= g * Logistic::of<act>(g).s * m[j];
+    }
     store(h + t * channels + at.channel, y);
   }
 }
@@ -141,9 +151,10 @@ __global__ void __launch_bounds__(kThreads)
     load(dh + t * dh_stride + at.channel, dy);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const Logistic l = Logistic::of<act>(x[j]);
-      const float value = x[j] * l.s, score = value * y[j] * dy[j];
-      const float derivative = l.s + value * l.rest * slope<act>(x[j]);
+      const float g = not_below(x[j]), near = not_above(g);
+      const Logistic l = Logistic::of<act>(g);
+      const float value = g * l.s, score = value * y[j] * dy[j];
+      const float derivative = l.s + near * l.s * l.rest * slope<act>(near);
       sums[0][j] += score;
       sums[1][j] += score * score;
       dy[j] *= m[j];

@@ -41,14 +41,15 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _activation(gate: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """act(gate) = gate * s(z) with the logistic function s, and its derivative."""
+    """act(gate) = gate * s(z) with the logistic function s, and its derivative. Finite for every finite gate."""
+    near = gate.clamp(-1e4, 1e4)
     if act == "silu":
-        z, dz = gate, 1.0
+        z, dz = near, 1.0
     else:
         k, cubic = _GELU
-        z, dz = 2 * k * (gate + cubic * gate**3), 2 * k * (1 + 3 * cubic * gate**2)
+        z, dz = 2 * k * (near + cubic * near**3), 2 * k * (1 + 3 * cubic * near**2)
     s, rest = torch.sigmoid(z), torch.sigmoid(-z)
-    return gate * s, s + gate * s * rest * dz
+    return gate.clamp(min=-1e4) * s, s + near * s * rest * dz
 
 
 def _reference_forward(gate, up, mask, act):
