@@ -55,7 +55,7 @@ void masked_swiglu_forward(Address gate, int64_t gate_stride, Address up, int64_
   by_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int V = 16 / sizeof(T);
-    const bool wide = aligned({gate, up, h}, {gate_stride, up_stride, channels}, sizeof(T));
+    const bool wide = aligned({gate, up, mask, h}, {gate_stride, up_stride, channels}, sizeof(T));
     const auto run = act == kSilu ? (wide ? swiglu_forward<T, V, kSilu> : swiglu_forward<T, 1, kSilu>)
                                   : (wide ? swiglu_forward<T, V, kGeluTanh> : swiglu_forward<T, 1, kGeluTanh>);
     run<<<grid(tokens, channels), kThreads, 0, as_stream(stream)>>>(pointer<T>(gate), gate_stride, pointer<T>(up),
@@ -74,7 +74,7 @@ void masked_swiglu_backward(Address dh, int64_t dh_stride, Address gate, int64_t
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int V = 16 / sizeof(T);
     const bool wide =
-        aligned({dh, gate, up, d_gate, d_up}, {dh_stride, gate_stride, up_stride, channels}, sizeof(T));
+        aligned({dh, gate, up, mask, d_gate, d_up}, {dh_stride, gate_stride, up_stride, channels}, sizeof(T));
     const auto run = act == kSilu ? (wide ? swiglu_backward<T, V, kSilu> : swiglu_backward<T, 1, kSilu>)
                                   : (wide ? swiglu_backward<T, V, kGeluTanh> : swiglu_backward<T, 1, kGeluTanh>);
     if (tokens)

@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace pp::importance {
 
@@ -22,31 +23,61 @@ constexpr float kFar = 1e4f;
 
 enum Act { kSilu, kGeluTanh };
 
-template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T x[V];
-};
-
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline void convert(float x, float& y) { y = x; }
 __device__ inline void convert(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 __device__ inline void convert(float x, __half& y) { y = __float2half_rn(x); }
+__device__ inline void convert(float x, float y, __nv_bfloat162& z) { z = __floats2bfloat162_rn(x, y); }
+__device__ inline void convert(float x, float y, __half2& z) { z = __floats2half2_rn(x, y); }
 
+template <class T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+template <>
+struct Pair<__half> {
+  using type = __half2;
+};
+
+// Loads and stores of V elements: one, or 16 bytes at a time. The stores are spelled out (__stwb): nvcc 13 splits an
+// assignment of 16 bytes into four of 4.
 template <int V, class T>
 __device__ inline void load(const T* p, float (&out)[V]) {
-  const auto pack = *reinterpret_cast<const Pack<T, V>*>(p);
+  if constexpr (V == 1) {
+    out[0] = to_float(*p);
+  } else {
+    constexpr int kEach = 16 / sizeof(T);
 #pragma unroll
-  for (int j = 0; j < V; ++j) out[j] = to_float(pack.x[j]);
+    for (int i = 0; i < V; i += kEach) {
+      T x[kEach];
+      const uint4 word = *reinterpret_cast<const uint4*>(p + i);
+      memcpy(x, &word, sizeof word);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) out[i + j] = to_float(x[j]);
+    }
+  }
 }
 
 template <int V, class T>
 __device__ inline void store(T* p, const float (&in)[V]) {
-  Pack<T, V> pack;
+  if constexpr (V == 1) {
+    convert(in[0], *p);
+  } else if constexpr (sizeof(T) == 4) {
+    __stwb(reinterpret_cast<float4*>(p), make_float4(in[0], in[1], in[2], in[3]));
+  } else {
+    unsigned word[4];
 #pragma unroll
-  for (int j = 0; j < V; ++j) convert(in[j], pack.x[j]);
-  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+    for (int i = 0; i < 4; ++i) {
+      typename Pair<T>::type pair;
+      convert(in[2 * i], in[2 * i + 1], pair);
+      memcpy(&word[i], &pair, 4);
+    }
+    __stwb(reinterpret_cast<uint4*>(p), make_uint4(word[0], word[1], word[2], word[3]));
+  }
 }
 
 // act(x) = x * s(z) with the logistic function s: z = x for silu, sqrt(8/pi) (x + 0.044715 x^3) for tanh-gelu.
@@ -118,8 +149,7 @@ __global__ void __launch_bounds__(kThreads)
   const Place<V> at(tokens, channels);
   if (at.first >= at.last) return;
   float m[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) m[j] = mask[at.channel + j];
+  load(mask + at.channel, m);
 #pragma unroll 4
   for (int64_t t = at.first; t < at.last; t += Place<V>::kLanes) {
     float x[V], y[V];
@@ -140,9 +170,8 @@ __global__ void __launch_bounds__(kThreads)
     swiglu_backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
                     const float* mask, T* d_gate, T* d_up, float* partial, int64_t tokens, int64_t channels) {
   const Place<V> at(tokens, channels);
-  float sums[2][V] = {}, m[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) m[j] = at.first < at.last ? mask[at.channel + j] : 0.0f;
+  float sums[2][V] = {}, m[V] = {};
+  if (at.first < at.last) load(mask + at.channel, m);
 #pragma unroll 2
   for (int64_t t = at.first; t < at.last; t += Place<V>::kLanes) {
     float x[V], y[V], dy[V];
