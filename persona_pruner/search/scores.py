@@ -53,8 +53,12 @@ def magnitude(context: Context) -> list[Tensor]:
 def input_sqnorms(context: Context) -> list[Tensor]:
     """float32 [C] a layer: sum over calibration tokens of h^2, with h what enters down_proj."""
     sums = _zeros(context.model)
+
+    def add(acc: Tensor, h: Tensor) -> None:  # what a hook returns would take the place of h
+        column_sqnorm_(h, acc)
+
     hooks = [
-        mlp.down_proj.register_forward_pre_hook(lambda _, args, acc=acc: column_sqnorm_(args[0], acc))
+        mlp.down_proj.register_forward_pre_hook(lambda _, args, acc=acc: add(acc, args[0]))
         for mlp, acc in zip(models.gated_mlps(context.model), sums, strict=True)
     ]
     try:
