@@ -57,10 +57,10 @@ def test_full_disk(tmp_path, small_disk, kind):
         else:
             save_file({"x": torch.zeros(10_000)}, temporary)
 
-    with pytest.raises(RunError, match="could not write .*file: .*File too large"):
+    with pytest.raises(RunError, match=r"could not write .*file: .*File too large"):
         files.write_file(path, write)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-    with pytest.raises(RunError, match="could not write .*folder: .*File too large"):
+    with pytest.raises(RunError, match=r"could not write .*folder: .*File too large"):
         files.write_folder(tmp_path / "folder", lambda folder: write(folder / "inside"))
     assert os.listdir(tmp_path) == ["file"]
 

@@ -92,7 +92,7 @@ def test_an_unreachable_hub_is_no_input_error(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RunError, match="'no-owner/no-model' cannot be loaded: .*connect"):
+    with pytest.raises(RunError, match=r"'no-owner/no-model' cannot be loaded: .*connect"):
         models.load_model("no-owner/no-model")
 
 

@@ -1,5 +1,7 @@
 """Packed batches: one forward over a pack is the same as one forward for each example."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -113,7 +115,7 @@ def test_budget_and_order():
     assert [row for p in packs for row in p.rows] == order
     assert all(len(p.input_ids) <= 50 for p in packs)
     sizes = [len(e.prompt) - 10 + len(e.answer) - 1 for e in examples]
-    for this, following in zip(packs, packs[1:], strict=False):  # no pack had room for the next example
+    for this, following in itertools.pairwise(packs):  # no pack had room for the next example
         assert len(this.input_ids) + sizes[following.rows[0]] > 50
     tiny = pack(examples, budget=1)
     assert [p.rows for p in tiny] == [(row,) for row in range(20)]
@@ -129,7 +131,7 @@ def test_nothing_and_an_empty_prompt():
 
 def test_examples_do_not_see_each_other():
     model, examples = tiny_model(), tiny_examples(3)
-    changed = [examples[0], Example(examples[1].prompt[:-1] + [300], [9] * len(examples[1].answer)), examples[2]]
+    changed = [examples[0], Example([*examples[1].prompt[:-1], 300], [9] * len(examples[1].answer)), examples[2]]
     (one,), (two,) = pack(examples), pack(changed)
     first, second = (hidden_states(model, p).last_hidden_state[0] for p in (one, two))
     assert torch.equal(one.segment, two.segment)
