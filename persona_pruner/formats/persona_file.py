@@ -108,17 +108,21 @@ class PersonaFile:
                 head = file.metadata() or {}
                 if head.get("format") != FORMAT:
                     raise InputError(f"{path} is not a persona file of format {FORMAT}")
-                widths = json.loads(head["widths"])
-                if not all(isinstance(width, int) and width > 0 for width in widths):
+                widths, ratio, metrics = (json.loads(head[key]) for key in ("widths", "ratio", "metrics"))
+                if not isinstance(widths, list) or not all(type(width) is int and width > 0 for width in widths):
                     raise ValueError("widths are not positive whole numbers")
+                if not isinstance(ratio, int | float) or not isinstance(metrics, dict):
+                    raise ValueError("ratio is not a number or metrics are not an object")
+                if set(file.keys()) != {f"layer.{i}" for i in range(len(widths))} or not widths:
+                    raise ValueError("there is not one mask for each width")
                 packed = [file.get_tensor(f"layer.{i}") for i in range(len(widths))]
                 for bits, width in zip(packed, widths, strict=True):
                     if bits.dtype != torch.uint8 or bits.shape != (-(-width // 8),):
                         raise ValueError("a mask does not have the size its width says")
                 masks = [unpack_bits(bits, width) for bits, width in zip(packed, widths, strict=True)]
                 texts = {key: head[key] for key in ("name", "system", "base", "fingerprint", "method", "greeting")}
-                return cls(masks=masks, ratio=json.loads(head["ratio"]), metrics=json.loads(head["metrics"]), **texts)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, struct.error) as error:
+                return cls(masks=masks, ratio=ratio, metrics=metrics, **texts)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError, struct.error) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} is damaged: {error}") from error

@@ -88,8 +88,12 @@ def _made(metrics: dict) -> str:
     own = settings.answers == "self"
     source = "self-distilled: sampled from the base model itself" if own else f"written by {_code(settings.answers)}"
     under = "under the persona prompt" if settings.in_character else "without the persona prompt"
-    search = f"{settings.steps} straight-through steps on {facts.LOSSES[settings.loss]}" if settings.steps else "no search"
-    repair = f"least-squares repair of W_down (ridge {settings.ridge})" if settings.repair else "no repair of the weights"
+    search = (
+        f"{settings.steps} straight-through steps on {facts.LOSSES[settings.loss]}" if settings.steps else "no search"
+    )
+    repair = (
+        f"least-squares repair of W_down (ridge {settings.ridge})" if settings.repair else "no repair of the weights"
+    )
     return f"""{found["examples"]} questions with {found["tokens"]:,} answer tokens ({source}, {under}).
 Channel scores: {settings.start}; {search}; {repair}. All other weights are those of the base model, with channels cut out."""
 

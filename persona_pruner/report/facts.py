@@ -23,7 +23,10 @@ DEFINITIONS = (
         "negative log-likelihood of the dense model's own sampled answers to held-out questions, under the persona "
         "prompt, mean per answer token in nats.",
     ),
-    ("KL", "KL(dense ‖ pruned) of the next-token distributions at every answer token, mean in nats; 0 for the dense model."),
+    (
+        "KL",
+        "KL(dense ‖ pruned) of the next-token distributions at every answer token, mean in nats; 0 for the dense model.",
+    ),
     ("Neutral NLL drop", "the drop in NLL on plain text without a persona: general ability."),
     ("KL removed", "1 − KL of the pruned model / KL of the best baseline, at the same number of channels."),
     ("Held out", "no calibration question or answer shares eight words in a row with a held-out question or answer."),

@@ -6,6 +6,7 @@ from importlib import resources
 from persona_pruner.formats.persona_file import PersonaFile
 from persona_pruner.report import facts
 
+
 @cache
 def _template():
     from jinja2 import Environment, StrictUndefined

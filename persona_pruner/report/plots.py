@@ -128,7 +128,9 @@ def layer_widths(total, kept, other_name, other):
     places = np.arange(layers)
     axes.bar(places, kept, width=0.8, color=ACCENT, label="this persona")
     if other:
-        axes.step([*(places - 0.5), layers - 0.5], [*other, other[-1]], where="post", color=OTHER, lw=2, label=other_name)
+        axes.step(
+            [*(places - 0.5), layers - 0.5], [*other, other[-1]], where="post", color=OTHER, lw=2, label=other_name
+        )
     axes.plot([-0.5, layers - 0.5], [max(total)] * 2, color=TEXT, ls=":", lw=1, label="dense")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="layer", ylabel="kept channels", xlim=(-0.7, layers - 0.3), ylim=(0, max(total) * 1.04))

@@ -25,7 +25,7 @@ def kept_width(width: int, ratio: float, multiple: int = MULTIPLE) -> int:
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
     """bool mask of the `keep` largest scores; among equals the first. NaN scores count as lowest."""
-    order = scores.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
+    order = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(descending=True, stable=True)
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     mask[order[:keep]] = True
     return mask
@@ -39,11 +39,13 @@ def top_k_per_layer(scores: Sequence[Tensor], ratio: float, multiple: int = MULT
 def top_k_global(scores: Sequence[Tensor], ratio: float, multiple: int = MULTIPLE) -> list[Tensor]:
     """The best channels of the whole model, as many in all as `top_k_per_layer` keeps; widths differ between layers.
 
-    Scores must be comparable across layers (Fisher and Taylor are). Every layer keeps at least a sixteenth.
+    Scores must be comparable across layers (Fisher and Taylor are). Every layer keeps at least a sixteenth, or what
+    `top_k_per_layer` would keep if that is less.
     """
-    total = sum(kept_width(len(layer), ratio, multiple) for layer in scores)
-    forced = torch.cat([torch.where(top_k(layer, max(1, len(layer) // 16)), torch.inf, layer) for layer in scores])
-    return list(top_k(forced, total).split([len(layer) for layer in scores]))
+    widths = [kept_width(len(layer), ratio, multiple) for layer in scores]
+    floors = [min(width, max(1, len(layer) // 16)) for width, layer in zip(widths, scores, strict=True)]
+    forced = [torch.where(top_k(s, floor), torch.inf, s) for s, floor in zip(scores, floors, strict=True)]
+    return list(top_k(torch.cat(forced), sum(widths)).split([len(layer) for layer in scores]))
 
 
 SCOPES = {"layer": top_k_per_layer, "global": top_k_global}

@@ -111,12 +111,14 @@ def search(
     """Runs the steps that `state` has not done yet, updating it in place, and returns the masks (bool [C] a layer).
 
     `after_step` may store the state to go on later: the data order depends on the seed alone.
-    Raises InputError for an unknown loss, and for KL without the teacher's states.
+    Raises InputError for an unknown loss, for KL without the teacher's states, and for examples without answers.
     """
     if settings.loss not in LOSSES:
         raise InputError(f"loss {settings.loss!r} is not one of {', '.join(LOSSES)}")
     if settings.loss == "kl" and teacher is None:
         raise InputError("the KL loss needs the teacher's hidden states (teacher_states)")
+    if not all(example.answer for example in examples) or not examples:
+        raise InputError("the search needs examples, each with an answer")
     device = state.scores[0].device
     leaves = [torch.ones_like(scores) for scores in state.scores]
     kept = choice.choose(state.scores, settings.ratio, settings.scope, settings.multiple)

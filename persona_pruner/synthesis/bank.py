@@ -66,6 +66,15 @@ def _question(row) -> Question | None:
     return Question(f"{text}\n{extra}" if extra else text, answer) if text else None
 
 
+def _usable(question: Question) -> bool:
+    """Whether a question is short enough and valid Unicode: JSON may hold half a surrogate pair."""
+    try:
+        f"{question.text}{question.answer}".encode()
+    except UnicodeEncodeError:
+        return False
+    return len(question.text.split()) <= MAX_WORDS
+
+
 def load_questions(source: str | Path) -> list[Question]:
     """Questions of a .json or .jsonl file (Alpaca, ShareGPT, plain strings, or the paper's persona sets with a
     "questions" list), else of a dataset by name (`owner/name`, with the extra `datasets`).
@@ -83,7 +92,8 @@ def load_questions(source: str | Path) -> list[Question]:
             )
     else:
         rows = _dataset(str(source))
-    found = [question for question in map(_question, rows) if question and len(question.text.split()) <= MAX_WORDS]
+    read = map(_question, rows if isinstance(rows, list) else [rows])
+    found = [question for question in read if question and _usable(question)]
     if not found:
         raise InputError(
             f"{source} holds no questions (Alpaca, ShareGPT, a list of strings, or a published persona set)"

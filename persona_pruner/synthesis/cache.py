@@ -22,8 +22,8 @@ def _layer_class():
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             old, new = self.get_seq_length(), key_states.shape[-2]
-            fits = self.store is not None and self.store[0].shape[-2] >= old + new
-            if not fits or (old and self.keys.data_ptr() != self.store[0].data_ptr()):
+            mine = old and self.store is not None and self.keys.data_ptr() == self.store[0].data_ptr()
+            if not mine or self.store[0].shape[-2] < old + new:
                 shape = (*key_states.shape[:-2], old + new + ROOM, key_states.shape[-1])
                 self.store = key_states.new_empty(shape), value_states.new_empty(shape)
                 if old:
@@ -36,10 +36,9 @@ def _layer_class():
 
 
 def growing_cache(model):
-    """An empty cache for the model; layers with a sliding window keep transformers' own class."""
+    """An empty cache for the model. Layers with a sliding window keep every token: the caller's mask is the window."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
 
     new = DynamicCache(config=model.config)
-    new.layers = [_layer_class()() if type(layer) is DynamicLayer else layer for layer in new.layers]
+    new.layers = [_layer_class()() for _ in new.layers]
     return new

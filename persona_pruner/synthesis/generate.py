@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from persona_pruner.packing import common_prefix, logits
+from persona_pruner.packing import additive_masks, common_prefix, logits, sliding_window
 
 
 def _next(scores: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -14,6 +14,13 @@ def _next(scores: torch.Tensor, temperature: float, top_k: int, generator: torch
     best, ids = scores.topk(min(top_k, scores.shape[-1]))
     chosen = torch.multinomial(torch.softmax(best / temperature, -1), 1, generator=generator)
     return ids.gather(1, chosen)[:, 0]
+
+
+def _masks(model: nn.Module, attend: torch.Tensor, position: torch.Tensor):
+    """Attention masks by position: transformers counts a window in cache slots, and rows have padding in the middle."""
+    keys = (attend.cumsum(-1) - 1)[:, None, None, :]
+    distance = position[:, None, :, None] - keys
+    return additive_masks(model, (attend[:, None, None, :] != 0) & (distance >= 0), distance)
 
 
 @torch.inference_mode()
@@ -53,12 +60,17 @@ def generate_batch(
         )
         cache.batch_repeat_interleave(len(prompts))
     position = (attend.cumsum(-1) - 1).clamp_(min=0)[:, prefix:]
+    windowed = sliding_window(model) is not None
     rows = torch.arange(len(prompts), device=device)
-    ends = torch.tensor(sorted(stop), device=device)
+    ends = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     texts: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
         out = decoder(
-            input_ids=ids, position_ids=position, attention_mask=attend, past_key_values=cache, use_cache=True
+            input_ids=ids,
+            position_ids=position,
+            attention_mask=_masks(model, attend, position) if windowed else attend,
+            past_key_values=cache,
+            use_cache=True,
         )
         token = _next(logits(model, out.last_hidden_state[:, -1]), temperature, top_k, generator)
         for row, value in zip(rows.tolist(), token.tolist(), strict=True):

@@ -7,7 +7,7 @@ GRAM = 8
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9']+", text.lower())
+    return re.findall(r"[\w']+", text.lower())
 
 
 def grams(text: str, size: int = GRAM) -> set[tuple[str, ...]]:

@@ -33,7 +33,7 @@ def own_questions(
 ) -> list[str]:
     """At most `count` new questions of at least three words that ended by themselves, none near another one or one of
     `known`, none touching held-out material. `step` is told how many drafts have just been written."""
-    stops = stop_ids(model, tokenizer)
+    stops, special = stop_ids(model, tokenizer), set(tokenizer.all_special_ids)
     prompts = [open_question_ids(tokenizer, system, opening) for opening in OPENINGS]
     drafts = [index % len(OPENINGS) for index in range(count + count // 2)]
     texts = generate(
@@ -42,7 +42,7 @@ def own_questions(
     ended = [
         f"{OPENINGS[opening]}{tokenizer.decode(text[:-1])}".strip()
         for opening, text in zip(drafts, texts, strict=True)
-        if text and text[-1] in stops
+        if text and text[-1] in stops and special.isdisjoint(text[:-1])
     ]
     fresh = [q for q in ended if len(words(q)) >= 3 and "\n" not in q and not held_out.touches(q)]
     joined = [*known, *fresh]

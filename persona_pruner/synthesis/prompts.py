@@ -11,19 +11,23 @@ SENTINEL = "\u2063PERSONA\u2063"
 def render(tokenizer, messages: list[dict], continue_last: bool = False) -> str:
     """Text of a chat, ready for the assistant's turn (or for the rest of the last turn).
 
-    A template without a system role gets the system text at the start of the first user turn; a tokenizer
-    without a template gets a plain "User: / Assistant:" form.
+    A template without a system role, whether it raises or leaves the text out, gets the system text at the start of
+    the first user turn; a tokenizer without a template gets a plain "User: / Assistant:" form.
     """
     if tokenizer.chat_template is None:
         turns = {"system": "", "user": "User: ", "assistant": "Assistant: "}
         text = "".join(f"{turns[m['role']]}{m['content']}\n" for m in messages)
-        return text[:-1] if continue_last else f"{text}Assistant:"
+        return text.split(SENTINEL)[0] if continue_last else f"{text}Assistant:"
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not continue_last)
+        silent = system.strip() not in text
     except Exception as error:  # templates are programs: what they raise is theirs to choose
-        if messages[0]["role"] != "system":
+        if not system or len(messages) == 1:
             raise InputError(f"the model's chat template refused the conversation: {error}") from error
-        first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        silent = True
+    if silent and len(messages) > 1:
+        first = {"role": "user", "content": f"{system}\n\n{messages[1]['content']}"}
         return render(tokenizer, [first, *messages[2:]], continue_last)
     return text.split(SENTINEL)[0] if continue_last else text
 

@@ -1,0 +1,121 @@
+"""Masked, repaired and slimmed MLPs do the same."""
+
+import copy
+
+import pytest
+import torch
+
+from persona_pruner import models
+from persona_pruner.errors import InputError
+from persona_pruner.nn import MaskedMLP, ffn_bytes, masked, replaced_down, slim_
+from persona_pruner.testing import FAMILIES, tiny_model
+
+IDS = torch.arange(3, 33).reshape(2, 15)
+
+
+def random_masks(model, share=0.6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(width, generator=generator) < share for width in models.widths(model)]
+
+
+def plainly_masked(model, masks):
+    """The dense model with the dropped columns of W_down set to zero, nothing of the package in between."""
+    copied = copy.deepcopy(model)
+    for layer, mask in zip(copied.model.layers, masks, strict=True):
+        layer.mlp.down_proj.weight[:, ~mask] = 0
+    return copied
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_forms_agree(family):
+    model = tiny_model(family, **({"mlp_bias": True} if family == "llama" else {}))
+    masks = random_masks(model)
+    dense, want = model(IDS).logits, plainly_masked(model, masks)(IDS).logits
+    assert (dense - want).abs().max() > 0.1
+    with masked(model, masks) as wrapped:
+        assert all(isinstance(mlp, MaskedMLP) for mlp in wrapped)
+        torch.testing.assert_close(model(IDS).logits, want, rtol=0, atol=1e-5)
+    assert torch.equal(model(IDS).logits, dense)
+    with replaced_down(model, [m.mlp.down_proj.weight * k for m, k in zip(model.model.layers, masks, strict=True)]):
+        assert torch.equal(model(IDS).logits, want)
+    assert torch.equal(model(IDS).logits, dense)
+    slimmed = slim_(copy.deepcopy(model), masks)
+    torch.testing.assert_close(slimmed(IDS).logits, want, rtol=0, atol=1e-5)
+    assert models.widths(slimmed) == [int(mask.sum()) for mask in masks]
+    assert torch.equal(model(IDS).logits, dense)
+
+
+def test_biases_are_really_there():
+    llama, qwen = tiny_model(), tiny_model("qwen2")
+    assert llama.model.layers[0].mlp.down_proj.bias.abs().min() > 0
+    assert qwen.model.layers[0].self_attn.q_proj.bias.abs().min() > 0
+    slimmed = slim_(tiny_model(), random_masks(llama))
+    assert all(mlp.gate_proj.bias.shape == (mlp.gate_proj.out_features,) for mlp in models.gated_mlps(slimmed))
+
+
+def test_slim_sizes_and_config():
+    model = tiny_model()
+    mask = torch.arange(64) % 4 != 0
+    slimmed = slim_(copy.deepcopy(model), [mask] * 3)
+    assert slimmed.config.intermediate_size == 48 and slimmed.model.layers[0].mlp.intermediate_size == 48
+    assert not any(p.requires_grad for p in slimmed.parameters())
+    assert ffn_bytes(model) == 3 * 4 * (3 * 64 * 32 + 64 * 2 + 32)
+    assert ffn_bytes(slimmed) == 3 * 4 * (3 * 48 * 32 + 48 * 2 + 32)
+    mixed = slim_(copy.deepcopy(model), [mask, mask, ~mask])
+    assert models.widths(mixed) == [48, 48, 16] and mixed.config.intermediate_size == 64
+    assert [mlp.intermediate_size for mlp in models.gated_mlps(mixed)] == [48, 48, 16]
+    everything = slim_(copy.deepcopy(model), [torch.ones(64, dtype=torch.bool)] * 3)
+    assert torch.equal(everything(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    model = tiny_model(dtype=dtype)
+    masks = random_masks(model)
+    slimmed = slim_(copy.deepcopy(model), masks)
+    assert slimmed.dtype == dtype
+    oracle = plainly_masked(model.float(), masks)(IDS).logits
+    assert (slimmed(IDS).logits.float() - oracle).abs().max() < 0.05 * oracle.abs().max()
+
+
+@pytest.mark.parametrize(
+    "masks, why",
+    [
+        ([torch.ones(63, dtype=torch.bool)] * 3, r"widths \[63\], the model has \[64\]"),
+        ([torch.ones(64, dtype=torch.bool)] * 2, "the model has"),
+        ([torch.ones(64, dtype=torch.bool)] * 2 + [torch.zeros(64, dtype=torch.bool)], "keeps no channel"),
+    ],
+)
+def test_slim_refuses_and_leaves_the_model(masks, why):
+    model = tiny_model()
+    before = model(IDS).logits
+    with pytest.raises(InputError, match=why):
+        slim_(model, masks)
+    assert torch.equal(model(IDS).logits, before) and models.widths(model) == [64] * 3
+
+
+def test_the_model_comes_back_after_an_error():
+    model = tiny_model()
+    before, mlps, downs = (
+        model(IDS).logits,
+        models.gated_mlps(model),
+        [mlp.down_proj.weight for mlp in models.gated_mlps(model)],
+    )
+    for context in (masked(model, random_masks(model)), replaced_down(model, [torch.zeros(32, 64)] * 3)):
+        with pytest.raises(KeyboardInterrupt), context:
+            raise KeyboardInterrupt
+        assert models.gated_mlps(model) == mlps and torch.equal(model(IDS).logits, before)
+        assert all(mlp.down_proj.weight is down for mlp, down in zip(mlps, downs, strict=True))
+    with pytest.raises(ValueError), masked(model, random_masks(model)[:2]):
+        pass
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_the_mask_is_differentiable_and_dropped_channels_have_a_gradient():
+    model = tiny_model()
+    leaves = [mask.float().requires_grad_() for mask in random_masks(model)]
+    with masked(model, leaves):
+        model(IDS).logits.square().sum().backward()
+    for leaf in leaves:
+        assert leaf.grad[leaf == 0].abs().min() > 0
+    assert all(p.grad is None for p in model.parameters())
