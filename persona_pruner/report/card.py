@@ -17,8 +17,8 @@ CITATION = """@inproceedings{kim2026personapruner,
 }"""
 
 
-def _dump(value: dict) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110)
+def _dump(value: dict, width: float = 110) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=width)
 
 
 def run_yaml(run: dict) -> str:
@@ -57,8 +57,8 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 output = model.generate(**inputs, max_new_tokens=120, do_sample=True, temperature=0.7)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
     if run["settings"]["scope"] == "layer":
-        return f"""The folder `slim/` is an ordinary transformers checkpoint; persona-pruner is not needed to run it. The persona's prompt
-is in the header of `persona.persona.safetensors`, beside `slim/`.
+        return f"""The folder `slim/` is an ordinary transformers checkpoint; persona-pruner is not needed to run it.
+The persona's prompt is in the header of `persona.persona.safetensors`, beside `slim/`.
 
 ```python
 from safetensors import safe_open
@@ -69,8 +69,8 @@ model = AutoModelForCausalLM.from_pretrained("slim")
 {prompt}
 {ask}
 ```"""
-    return f"""The layers differ in width, which a plain checkpoint cannot say: the persona file is put on the base model instead. It
-holds the mask alone, without repaired weights.
+    return f"""The layers differ in width, which a plain checkpoint cannot say: the persona file is put on the base
+model instead. It holds the mask alone, without repaired weights.
 
 ```python
 import persona_pruner as pp
@@ -95,7 +95,8 @@ def _made(metrics: dict) -> str:
         f"least-squares repair of W_down (ridge {settings.ridge})" if settings.repair else "no repair of the weights"
     )
     return f"""{found["examples"]} questions with {found["tokens"]:,} answer tokens ({source}, {under}).
-Channel scores: {settings.start}; {search}; {repair}. All other weights are those of the base model, with channels cut out."""
+Channel scores: {settings.start}; {search}; {repair}.
+All other weights are those of the base model, with channels cut out."""
 
 
 def model_card(metrics: dict) -> str:
@@ -125,14 +126,16 @@ def model_card(metrics: dict) -> str:
             for row in facts.methods(metrics)
         ],
     )
-    settings = _dump(run)
+    fairness = f"{facts.FAIRNESS} " if facts.best_baseline(metrics) else ""
+    # Each value on one line of its own: no text can start a line with the fence that ends the block.
+    settings = _dump(run | {"persona": facts.one_line(run["persona"])}, float("inf"))
     return f"""---
 {_dump(head)}---
 
 # {name} on {_plain(run["model"])}, {removed} of the FFN channels removed
 
-A language model cut down to play one character, made with persona-pruner {run["version"]} on {run["date"]} (method: Persona-Pruner,
-arXiv 2606.14695). {facts.headline(metrics)}
+A language model cut down to play one character, made with persona-pruner {run["version"]} on {run["date"]}
+(method: Persona-Pruner, arXiv 2606.14695). {facts.headline(metrics)}
 
 ## Numbers
 {sizes}
@@ -140,7 +143,7 @@ arXiv 2606.14695). {facts.headline(metrics)}
 {methods}
 
 Nats per token, lower is better; measured on {facts.held_out(metrics)}. Drop = pruned − dense, on the dense model's own
-sampled answers; KL is KL(dense ‖ pruned). {facts.FAIRNESS} `report.html` has the pictures and side-by-side answers.
+sampled answers; KL is KL(dense ‖ pruned). {fairness}`report.html` has the pictures and side-by-side answers.
 
 ## How to use
 {_usage(run)}
@@ -156,11 +159,11 @@ sampled answers; KL is KL(dense ‖ pruned). {facts.FAIRNESS} `report.html` has 
 ```
 
 ## Limits
-- The weights are cut for this one persona under its own prompt. With another prompt, other characters and other tasks the
-  model is worse than its base: see the neutral NLL drop above.
+- The weights are cut for this one persona under its own prompt. With another prompt, other characters and other tasks
+  the model is worse than its base: see the neutral NLL drop above.
 - It inherits the knowledge, the errors and the biases of its base model, and its licence; a small model makes up facts.
-- The data is sampled from models, not written by people, and the figures compare with the dense model, not with a human's
-  idea of the character.
+- The data is sampled from models, not written by people, and the figures compare with the dense model, not with a
+  human's idea of the character.
 
 ## Citation
 ```bibtex

@@ -19,12 +19,12 @@ def table(metrics: dict) -> Group:
 
     test = metrics["held_out"]
     method = Table(
-        "method",
-        title=f"{test['questions']} held-out questions, {test['tokens']:,} answer tokens; nats per token, lower is better",
+        title=f"{test['questions']} held-out questions, {test['tokens']:,} answer tokens; nats, lower is better",
         title_justify="left",
         title_style="",
     )
-    for name in ("NLL drop", "KL", "neutral NLL drop", "kept a layer"):
+    method.add_column("method", no_wrap=True)
+    for name in ("NLL drop", "KL", "neutral\nNLL drop", "kept\na layer"):
         method.add_column(name, justify="right")
     for row in facts.methods(metrics):
         name = f"{row.name} (best baseline)" if row.best else row.name

@@ -25,7 +25,7 @@ DEFINITIONS = (
     ),
     (
         "KL",
-        "KL(dense ‖ pruned) of the next-token distributions at every answer token, mean in nats; 0 for the dense model.",
+        "KL(dense ‖ pruned) of the next-token distributions at every answer token, mean in nats; 0 for the dense one.",
     ),
     ("Neutral NLL drop", "the drop in NLL on plain text without a persona: general ability."),
     ("KL removed", "1 − KL of the pruned model / KL of the best baseline, at the same number of channels."),
@@ -62,8 +62,8 @@ class Method:
 
 
 def one_line(text: str) -> str:
-    """Text without line breaks and runs of blanks."""
-    return " ".join(text.split())
+    """Foreign text without line breaks, runs of blanks and control characters (a terminal obeys those)."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())
 
 
 def percent(share: float) -> str:

@@ -62,7 +62,7 @@ def _styled(draw):
 
 
 def _svg(figure: Figure, alt: str) -> str:
-    """The figure as an <svg> element with `alt` as its text; no ids but those it refers to itself, no external names."""
+    """The figure as an <svg> element with `alt` as its text, and no ids but those it refers to itself."""
     FigureCanvasSVG(figure)
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
