@@ -1,1 +1,30 @@
 """Run a language model as one character at a fraction of its cost."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public names by the module that defines them; loaded on first use, so that importing the package is quick.
+_PUBLIC = {
+    "Persona": "persona",
+    "PersonaFile": "formats.persona_file",
+    "sculpt": "pipeline",
+    "SculptResult": "pipeline",
+    "SculptConfig": "config",
+    "load_model": "models",
+    "ops": "ops",
+    "InputError": "errors",
+    "RunError": "errors",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'persona_pruner' has no attribute {name!r}")
+    module = importlib.import_module(f"persona_pruner.{_PUBLIC[name]}")
+    return module if name == _PUBLIC[name] else getattr(module, name)
+
+
+def __dir__():
+    return __all__

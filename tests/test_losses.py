@@ -102,12 +102,29 @@ def test_states_of_lower_precision():
     assert_close_to_oracle(states.grad, slope, peer_slope, floor=1e-3)
 
 
-def test_sampled_labels_follow_the_model():
-    model = tiny_model()
+def test_sampled_labels_follow_the_model(monkeypatch):
+    model, drawn, nll = tiny_model(), [], losses._nll
+    monkeypatch.setattr(losses, "_nll", lambda out, target: (drawn.append(target), nll(out, target))[1])
+    monkeypatch.setattr(losses, "CHUNK", 4000)
     states = material(1)[0].expand(6000, -1)
-    labels = losses.sample_labels(model, states, torch.Generator().manual_seed(0))
+
+    def draw(seed):
+        drawn.clear()
+        value = losses.sampled_cross_entropy(model, states, torch.Generator().manual_seed(seed))
+        return torch.cat(drawn), value
+
+    labels, value = draw(0)
     wanted = logits(model, states[:1])[0].softmax(-1)
-    shares = torch.bincount(labels, minlength=512) / 6000
-    assert labels.shape == (6000,) and (shares - wanted).abs().max() < 0.04
-    again = losses.sample_labels(model, states, torch.Generator().manual_seed(0))
-    assert torch.equal(labels, again)
+    assert labels.shape == (6000,)
+    assert (torch.bincount(labels, minlength=512) / 6000 - wanted).abs().max() < 0.04
+    assert value == pytest.approx(losses.cross_entropy(model, states, labels).item(), rel=1e-5)
+    assert torch.equal(labels, draw(0)[0]) and not torch.equal(labels, draw(1)[0])
+
+
+def test_labels_of_a_certain_model():
+    """All mass on the first or on the last word: the search over the summed mass must not run past an end."""
+    model = tiny_model(tie_word_embeddings=False)
+    for word in (0, 511):
+        model.lm_head.weight.zero_()[word] = 100
+        value = losses.sampled_cross_entropy(model, torch.ones(50, 32), torch.Generator().manual_seed(0))
+        assert value.item() == 0

@@ -15,6 +15,10 @@ constexpr int64_t kBlock = 64;     // tokens a row of partial sums stands for; o
 constexpr int64_t kStrip = 2048;   // channels a task walks: its partial sums stay in the L1/L2 cache
 constexpr int64_t kSmall = 32768;  // elements below which starting threads costs more than it saves
 
+// Beyond +-kFar both functions are 0 or x, with slope 0 or 1, in every bit: exp(-87), where our exp stops, times kFar
+// vanishes, but times 1e38 it would not.
+constexpr float kFar = 1e4f;
+
 enum Act { kSilu, kGeluTanh };
 
 // act(x) = x * s(z) with the logistic function s: z = x for silu, sqrt(8/pi) (x + 0.044715 x^3) for tanh-gelu.
@@ -23,6 +27,9 @@ inline VecF argument(VecF x) {
   if (act == kSilu) return x;
   return x * (splat(1.5957691216f) + splat(0.07135481283f) * (x * x));
 }
+
+inline VecF not_below(VecF x) { return x < splat(-kFar) ? splat(-kFar) : x; }  // NaN stays, here and below
+inline VecF not_above(VecF x) { return x > splat(kFar) ? splat(kFar) : x; }
 
 template <Act act>
 inline VecF slope(VecF x) {  // dz/dx
@@ -73,6 +80,15 @@ inline void vectors(int64_t first, int64_t last, Body body) {
   if (c < last) body(c, int(last - c));
 }
 
+// Runs body(first token, size of the group) over [first, last) in groups of N, the rest one by one. A group's sum is
+// added to the partial sums at once: fewer loads and stores, and a smaller rounding error.
+template <int N, class Body>
+inline void in_groups(int64_t first, int64_t last, Body body) {
+  int64_t t = first;
+  for (; t + N <= last; t += N) body(t, std::integral_constant<int64_t, N>());
+  for (; t < last; ++t) body(t, std::integral_constant<int64_t, 1>());
+}
+
 template <class T>
 inline VecF load_lanes(const T* p, int n) {
   return n == kLanes ? load(p) : load(p, n);
@@ -91,10 +107,13 @@ template <class T, Act act>
 void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, const float* mask, T* h, Rows rows) {
   rows.tiles([&](int64_t, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
     for (int64_t t = t0; t < t1; ++t) {
-      const T *g = gate + t * gate_stride, *u = up + t * up_stride;
+      const T* g = gate + t * gate_stride;
+      const T* u = up + t * up_stride;
       T* out = h + t * rows.channels;
       vectors(c0, c1, [&](int64_t c, int n) {
-        const VecF x = load_lanes(g + c, n);
+        __builtin_prefetch(g + 2 * gate_stride + c);  // 1.1 times as fast; in the backward pass it gains nothing
+        __builtin_prefetch(u + 2 * up_stride + c);
+        const VecF x = not_below(load_lanes(g + c, n));
         const VecF a = x / (splat(1.0f) + exp(-argument<act>(x))) * load_lanes(u + c, n);
         store_lanes(out + c, a * load_lanes(mask + c, n), n);
       });
@@ -114,43 +133,55 @@ void backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride
       std::fill(first + c0, first + c1, 0.0f);
       std::fill(second + c0, second + c1, 0.0f);
     }
-    for (int64_t t = t0; t < t1; ++t) {
-      const T *d = dh + t * dh_stride, *g = gate + t * gate_stride, *u = up + t * up_stride;
+    in_groups<4>(t0, t1, [&](int64_t t, auto group) {
       vectors(c0, c1, [&](int64_t c, int n) {
-        const VecF x = load_lanes(g + c, n), y = load_lanes(u + c, n), dy = load_lanes(d + c, n);
         const VecF m = load_lanes(mask + c, n);
-        const VecF e = exp(-argument<act>(x));
-        const VecF s = splat(1.0f) / (splat(1.0f) + e);
-        const VecF value = x * s;
-        if (d_gate) {
-          const VecF derivative = s + value * (e * s) * slope<act>(x);  // e*s = 1 - s without cancellation
-          store_lanes(d_gate + t * C + c, derivative * y * m * dy, n);
-        }
-        if (d_up) store_lanes(d_up + t * C + c, value * m * dy, n);
-        if (partial) {
+        VecF sum{}, squares{};
+        for (int64_t i = t; i < t + group; ++i) {
+          const VecF x = not_below(load_lanes(gate + i * gate_stride + c, n));
+          const VecF y = load_lanes(up + i * up_stride + c, n), dy = load_lanes(dh + i * dh_stride + c, n);
+          const VecF e = exp(-argument<act>(x));
+          const VecF s = splat(1.0f) / (splat(1.0f) + e);
+          const VecF value = x * s;
+          if (d_gate) {
+            const VecF near = not_above(x);
+            const VecF derivative = s + near * s * (e * s) * slope<act>(near);  // e*s = 1 - s without cancellation
+            store_lanes(d_gate + i * C + c, derivative * y * m * dy, n);
+          }
+          if (d_up) store_lanes(d_up + i * C + c, value * m * dy, n);
           const VecF score = value * y * dy;
-          store_lanes(first + c, load_lanes(first + c, n) + score, n);
-          store_lanes(second + c, load_lanes(second + c, n) + score * score, n);
+          sum += score;
+          squares += score * score;
+        }
+        if (partial) {
+          store_lanes(first + c, load_lanes(first + c, n) + sum, n);
+          store_lanes(second + c, load_lanes(second + c, n) + squares, n);
         }
       });
-    }
+    });
   });
-  if (!partial) return;
+  if (!partial && !d_mask) return;  // without tokens there are no partial sums, and d_mask is zero
   rows.reduce(partial, 2 * C, d_mask, taylor);
   if (fisher) rows.reduce(partial + C, 2 * C, nullptr, fisher);
 }
 
 template <class T>
 void sqnorm(const T* x, int64_t stride, float* partial, float* acc, Rows rows) {
+  constexpr int kAhead = 8;
   rows.tiles([&](int64_t b, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
     float* sums = partial + b * rows.channels;
     std::fill(sums + c0, sums + c1, 0.0f);
-    for (int64_t t = t0; t < t1; ++t) {
+    in_groups<kAhead>(t0, t1, [&](int64_t t, auto group) {
       vectors(c0, c1, [&](int64_t c, int n) {
-        const VecF v = load_lanes(x + t * stride + c, n);
-        store_lanes(sums + c, load_lanes(sums + c, n) + v * v, n);
+        VecF sum{};
+        for (int64_t i = t; i < t + group; ++i) {
+          __builtin_prefetch(x + (i + kAhead) * stride + c);  // the next group: 1.3 times as fast in bfloat16
+          const VecF v = load_lanes(x + i * stride + c, n);
+          sum += v * v;
+        }
+        store_lanes(sums + c, load_lanes(sums + c, n) + sum, n);
       });
-    }
+    });
   });
   rows.reduce(partial, rows.channels, nullptr, acc);
 }

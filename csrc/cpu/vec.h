@@ -109,9 +109,9 @@ inline void store(T* p, VecF v, int n = kLanes) {
   std::memcpy(p, &raw, n * sizeof(T));
 }
 
-// e^x within 1.5 ulp for x in [-87, 88]; clamped outside, NaN stays NaN.
+// e^x within 1.5 ulp for x in [-87, 87]; clamped outside, NaN stays NaN.
 inline VecF exp(VecF x) {
-  x = x > splat(88.0f) ? splat(88.0f) : x;
+  x = x > splat(87.0f) ? splat(87.0f) : x;
   x = x < splat(-87.0f) ? splat(-87.0f) : x;
   const VecF magic = splat(0x1.8p23f);  // adding it rounds to an integer, held in the low bits
   const VecF shifted = x * splat(1.44269504f) + magic;

@@ -50,19 +50,23 @@ def divergence(model: nn.Module, states: Tensor, teacher: Tensor) -> Tensor:
 
 def cross_entropy(model: nn.Module, states: Tensor, target: Tensor) -> Tensor:
     """Sum over tokens of -log p(target), float32 scalar, differentiable in `states` [A, hidden]; target int64 [A]."""
+    return _HeadLoss.apply(states, model, lambda out, part: _nll(out, target[part]))
+
+
+def sampled_cross_entropy(model: nn.Module, states: Tensor, generator: torch.Generator) -> Tensor:
+    """`cross_entropy` with labels drawn from the model's own distribution, whose gradients give the true Fisher."""
 
     def grad(out: Tensor, part: slice):
-        own = torch.log_softmax(out, -1)
-        index = target[part, None]
-        loss = -own.gather(1, index).sum()
-        slope = own.exp_()
-        return loss, slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=slope.dtype))
+        mass = torch.softmax(out, -1).cumsum_(-1)
+        # One uniform number and a search for each token; torch.multinomial draws one for each word of the vocabulary.
+        point = torch.rand(len(out), 1, generator=generator, device=out.device) * mass[:, -1:]
+        return _nll(out, torch.searchsorted(mass, point)[:, 0].clamp_(max=out.shape[-1] - 1))
 
     return _HeadLoss.apply(states, model, grad)
 
 
-@torch.no_grad()
-def sample_labels(model: nn.Module, states: Tensor, generator: torch.Generator) -> Tensor:
-    """int64 [A]: one token drawn from the model's own distribution at each place (the true Fisher's labels)."""
-    parts = [torch.softmax(logits(model, states[part]), -1) for part in chunks(len(states), CHUNK)]
-    return torch.cat([torch.multinomial(p, 1, generator=generator)[:, 0] for p in parts])
+def _nll(out: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    own = torch.log_softmax(out, -1)
+    index = target[:, None]
+    loss = -own.gather(1, index).sum()
+    return loss, own.exp_().scatter_add_(1, index, own.new_full(index.shape, -1))

@@ -11,7 +11,7 @@ from persona_pruner.errors import InputError
 from persona_pruner.nn import masked
 from persona_pruner.ops import column_sqnorm_
 from persona_pruner.packing import Pack, answer_states, hidden_states
-from persona_pruner.search.losses import cross_entropy, sample_labels
+from persona_pruner.search.losses import cross_entropy, sampled_cross_entropy
 
 
 def _zeros(model: nn.Module) -> list[Tensor]:
@@ -54,7 +54,7 @@ def input_sqnorms(context: Context) -> list[Tensor]:
     """float32 [C] a layer: sum over calibration tokens of h^2, with h what enters down_proj."""
     sums = _zeros(context.model)
 
-    def add(acc: Tensor, h: Tensor) -> None:  # what a hook returns would take the place of h
+    def add(acc: Tensor, h: Tensor) -> None:
         column_sqnorm_(h, acc)
 
     hooks = [
@@ -87,8 +87,11 @@ def _gradient_scores(context: Context, sampled: bool) -> tuple[list[Tensor], lis
         for batch in context.packs:
             batch = batch.to(device)
             states = answer_states(context.model, batch)
-            target = sample_labels(context.model, states, generator) if sampled else batch.target
-            cross_entropy(context.model, states, target).backward()
+            if sampled:
+                loss = sampled_cross_entropy(context.model, states, generator)
+            else:
+                loss = cross_entropy(context.model, states, batch.target)
+            loss.backward()
             context.step(1)
     return taylor, fisher
 

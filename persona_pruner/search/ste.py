@@ -45,6 +45,21 @@ class State:
     losses: list[float] = field(default_factory=list)
     flips: list[int] = field(default_factory=list)
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors, for safetensors."""
+        parts = {"scores": self.scores, "first": self.first, "second": self.second}
+        named = {f"{part}.{layer}": t for part, layers in parts.items() for layer, t in enumerate(layers)}
+        curve = {"losses": torch.tensor(self.losses, dtype=torch.float64), "flips": torch.tensor(self.flips)}
+        return named | curve
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> "State":
+        """The state that `to_tensors` made these from."""
+        layers = range(sum(name.startswith("scores.") for name in tensors))
+        parts = [[tensors[f"{part}.{layer}"].to(device) for layer in layers] for part in ("scores", "first", "second")]
+        losses, flips = tensors["losses"].tolist(), tensors["flips"].tolist()
+        return cls(*parts, done=len(losses), losses=losses, flips=flips)
+
 
 def standardised(scores: Sequence[Tensor], scope: str) -> list[Tensor]:
     """log scores with mean 0 and deviation 1, per layer or over the model, the unit that `lr` counts in."""

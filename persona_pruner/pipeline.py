@@ -1,0 +1,392 @@
+"""sculpt(): from one persona and a base model to the slice that plays it. The one function that walks the whole way.
+
+    persona -> held-out questions -> persona questions -> answers in character      (stage 1, synthesis)
+            -> channel scores -> straight-through search -> mask -> repair           (stage 2, search)
+            -> persona file, slim checkpoint, numbers, report
+
+Every stage reads only what stands left of it, and is stored under a hash of its inputs: a run that was stopped goes
+on where it was. Held-out questions are fixed first and nothing that shares eight words with them is kept.
+"""
+
+import random
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from persona_pruner import __version__, files, models, report
+from persona_pruner.config import SculptConfig
+from persona_pruner.errors import InputError
+from persona_pruner.evaluation import metrics, speed
+from persona_pruner.formats.persona_file import SUFFIX, PersonaFile
+from persona_pruner.formats.slim import save_slim, slim_copy
+from persona_pruner.nn import ffn_bytes, masked, replaced_down
+from persona_pruner.packing import Example, pack, text_packs
+from persona_pruner.persona import Persona
+from persona_pruner.progress import Progress
+from persona_pruner.search import masks as choice
+from persona_pruner.search import ste
+from persona_pruner.search.repair import repaired_down
+from persona_pruner.search.scores import Context, channel_scores
+from persona_pruner.synthesis import answers as answering
+from persona_pruner.synthesis import bank
+from persona_pruner.synthesis.generate import generate
+from persona_pruner.synthesis.overlap import HeldOut
+from persona_pruner.synthesis.own import own_questions
+from persona_pruner.synthesis.prompts import encode, examples, prompt_ids, stop_ids
+from persona_pruner.synthesis.sensitivity import REFERENCES, sensitivity
+from persona_pruner.workspace import Workspace
+
+BASELINES = ("magnitude", "wanda", "taylor")
+HELD_OUT_SEED = 20260614  # the test is the same for every seed of the search
+SAVE_EVERY = 8  # search steps between stored states
+
+
+@dataclass
+class SculptResult:
+    """What a sculpt made: the persona file, the slim model, all numbers, and the folder they were written to."""
+
+    persona_file: PersonaFile
+    model: nn.Module
+    metrics: dict
+    folder: Path | None = None
+
+
+@dataclass
+class _Run:
+    """One sculpt in progress: its inputs, and where stages are stored."""
+
+    model: nn.Module
+    tokenizer: object
+    persona: Persona
+    base: str
+    config: SculptConfig
+    work: Workspace
+    progress: Progress
+    system: str = ""
+    root: str = field(default="", repr=False)
+
+    def __post_init__(self):
+        self.system = self.persona.system_prompt()
+        weights = [p.flatten()[:16].float().tolist() for p in self.model.parameters()]
+        self.root = files.digest(
+            [__version__, models.fingerprint(self.model), weights, str(self.model.dtype), self.system]
+        )
+
+    def key(self, *parts) -> str:
+        return files.digest([self.root, *parts])
+
+    def settings(self, *names: str) -> dict:
+        return {name: getattr(self.config, name) for name in names}
+
+    def examples(self, questions, answers, in_character: bool = True) -> list[Example]:
+        return examples(self.tokenizer, self.system if in_character else "", questions, answers)
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _held_out(run: _Run) -> dict:
+    """{"questions", "answers"}: the test, answered by the dense model; made before anything else."""
+    config = run.config
+    published = run.persona.raw.get("questions") if run.persona.raw else None
+
+    def make() -> dict:
+        count = config.held_out_questions
+        if config.eval_questions:
+            questions = [question.text for question in bank.load_questions(config.eval_questions)][:count]
+        elif isinstance(published, list) and published:
+            questions = [str(question) for question in published][:count]
+        else:
+            pool = bank.bundled("heldout")
+            with run.progress.stage("held-out questions", len(pool) * (1 + len(REFERENCES))) as step:
+                ranks = sensitivity(run.model, run.tokenizer, run.system, pool, step).argsort(
+                    descending=True, stable=True
+                )
+            questions = [pool[i] for i in ranks.tolist()[:count]]
+        prompts = [prompt_ids(run.tokenizer, run.system, question) for question in questions]
+        with run.progress.stage("held-out answers", len(prompts)) as step:
+            stops = stop_ids(run.model, run.tokenizer)
+            count_done = lambda batch: step(len(batch))  # noqa: E731
+            found = generate(run.model, prompts, stops, config.held_out_tokens, seed=HELD_OUT_SEED, done=count_done)
+        return {"questions": questions, "answers": found}
+
+    key = run.key("held-out", run.settings("held_out_questions", "held_out_tokens", "eval_questions"), published)
+    return run.work.value("held_out", key, make)
+
+
+def _questions(run: _Run, held_out: HeldOut, before: str) -> dict:
+    """{"own", "bank", "references"}: calibration questions by source, and the bank's reference answers."""
+    config = run.config
+
+    def make() -> dict:
+        own = []
+        if config.own_questions:
+            with run.progress.stage("questions of its own", config.own_questions * 3 // 2) as step:
+                own = own_questions(
+                    run.model, run.tokenizer, run.system, config.own_questions, held_out, config.seed, step=step
+                )
+        pool = {question: "" for question in bank.bundled("search")}
+        for source in config.questions:
+            pool |= {question.text: question.answer for question in bank.load_questions(source)}
+        pool = {q: a for q, a in pool.items() if not held_out.touches(q) and not held_out.touches(a) and q not in own}
+        drawn = random.Random(config.seed).sample(list(pool), min(len(pool), config.bank_candidates))
+        if config.filter and config.bank_questions:
+            with run.progress.stage("persona-sensitive questions", len(drawn) * (1 + len(REFERENCES))) as step:
+                ranks = sensitivity(run.model, run.tokenizer, run.system, drawn, step).argsort(
+                    descending=True, stable=True
+                )
+            drawn = [drawn[i] for i in ranks.tolist()]
+        kept = drawn[: config.bank_questions]
+        if not own and not kept:
+            raise InputError(
+                "no calibration questions: own_questions and bank_questions are both 0, or nothing was found"
+            )
+        return {"own": own, "bank": kept, "references": [pool[question] for question in kept]}
+
+    names = ("own_questions", "bank_questions", "bank_candidates", "filter", "questions", "seed")
+    return run.work.value("questions", files.digest([before, run.settings(*names)]), make)
+
+
+def _answers(run: _Run, questions: dict, before: str) -> list[list[int]]:
+    """Token ids of an answer to each of own + bank; stored batch by batch."""
+    config = run.config
+    asked = [*questions["own"], *questions["bank"]]
+    key = files.digest([before, asked, run.settings("answers", "answer_tokens", "in_character", "seed")])
+    found: list[list[int]] = run.work.read("answers", key) or []
+    if len(found) == len(asked):
+        return found
+    system = run.system if config.in_character else ""
+    common = {"seed": config.seed + 1, "start": len(found)}
+    with run.progress.stage("answers in character", len(asked)) as step:
+        step(len(found))
+
+        def done(batch: list[list[int]]) -> None:
+            found.extend(batch)
+            run.work.write("answers", key, found)
+            step(len(batch))
+
+        common["done"] = done
+        if config.answers == "self":
+            answering.self_distilled(run.model, run.tokenizer, system, asked, config.answer_tokens, **common)
+        elif config.answers.startswith(("http://", "https://")):
+            references = [""] * len(questions["own"]) + questions["references"]
+            answering.from_endpoint(
+                config.answers, run.tokenizer, system, asked, config.answer_tokens, references, **common
+            )
+        else:
+            answering.from_model(config.answers, run.tokenizer, system, asked, config.answer_tokens, **common)
+    return found
+
+
+def _scores(run: _Run, calibration: list[Example], before: str) -> list[Tensor]:
+    """Channel scores on the calibration set that the search starts from."""
+    config = run.config
+    key = files.digest([before, run.settings("start", "seed", "budget")])
+    device = run.model.get_input_embeddings().weight.device
+    stored = run.work.read_tensors("scores", key)
+    if stored is None:
+        packs = pack(calibration, config.budget)
+        with run.progress.stage(f"channel scores ({config.start})", len(packs)) as step:
+            found = channel_scores(config.start, Context(run.model, packs, config.seed, step))
+        stored = {str(layer): score for layer, score in enumerate(found)}
+        run.work.write_tensors("scores", key, stored)
+    return [stored[str(layer)].to(device) for layer in range(len(stored))]
+
+
+def _search(run: _Run, calibration: list[Example], scores: list[Tensor], before: str) -> tuple[list[Tensor], ste.State]:
+    """The mask after the straight-through steps, and the state with its curve; the state is stored on the way."""
+    config = run.config
+    names = ("ratio", "scope", "loss", "steps", "lr", "budget", "seed")
+    settings = ste.Settings(**run.settings(*names))
+    key = files.digest([before, asdict(settings)])
+    state = ste.start(scores, config.scope)
+    if (stored := run.work.read_tensors("search", key)) is not None:
+        state = ste.State.from_tensors(stored, scores[0].device)
+    if config.steps and state.done < config.steps:
+        teacher = None
+        if config.loss == "kl":
+            with run.progress.stage("dense targets", len(pack(calibration, config.budget))) as step:
+                teacher = ste.teacher_states(run.model, calibration, config.budget, step)
+        with run.progress.stage("straight-through search", config.steps) as step:
+            step(state.done)
+
+            def after_step(now: ste.State) -> None:
+                step(1)
+                if now.done % SAVE_EVERY == 0 or now.done == config.steps:
+                    run.work.write_tensors("search", key, now.to_tensors())
+
+            ste.search(run.model, calibration, state, settings, teacher, after_step)
+    return choice.choose(state.scores, config.ratio, config.scope), state
+
+
+def _row(name: str, how: str, found: metrics.Fidelity, neutral: float, masks: list[Tensor]) -> dict:
+    kept = [int(mask.sum()) for mask in masks]
+    return {"name": name, "how": how, **asdict(found), "neutral_nll_drop": neutral, "kept": kept}
+
+
+def _measure(run: _Run, reference: metrics.Reference, variants: list[tuple], slim: nn.Module, held_out: dict) -> dict:
+    """The numbers of the report: `variants` are (name, how, masks, repaired W_down or None), the product first."""
+    texts = [encode(run.tokenizer, text) for text in bank.passages("neutral")]
+    generic = text_packs([encode(run.tokenizer, text) for text in bank.passages("calibration")])
+    rows = []
+    with run.progress.stage("numbers on held-out questions", len(variants) + len(BASELINES) + 1) as step:
+        dense_neutral = metrics.text_nll(run.model, texts)
+        step(1)
+        for name in BASELINES if run.config.compare else ():
+            scores = channel_scores(name, Context(run.model, generic, run.config.seed))
+            how = "weights alone" if name == "magnitude" else "generic calibration"
+            variants.append((name, how, choice.choose(scores, run.config.ratio), None))
+        for name, how, masks, down in variants:
+            context = masked(run.model, masks) if down is None else replaced_down(run.model, down)
+            with context:
+                drop = metrics.text_nll(run.model, texts) - dense_neutral
+                rows.append(_row(name, how, metrics.fidelity(run.model, reference), drop, masks))
+            step(1)
+    baselines = [row for row in rows if row["name"] in BASELINES]
+    best = min(baselines, key=lambda row: row["kl"], default=None)
+    count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
+    out = {
+        "parameters": {"dense": count(run.model), "pruned": count(slim)},
+        "ffn_bytes": {"dense": ffn_bytes(run.model), "pruned": ffn_bytes(slim)},
+        "held_out": {
+            "questions": len(held_out["questions"]),
+            "tokens": sum(map(len, held_out["answers"])),
+            "dense_nll": reference.nll,
+        },
+        "neutral": {"dense_nll": dense_neutral, "tokens": sum(map(len, texts))},
+        "methods": rows,
+    }
+    if best:
+        out["headline"] = {"baseline": best["name"], "kl_removed": 1 - rows[0]["kl"] / best["kl"]}
+    if run.config.compare:
+        with run.progress.stage("tokens per second", 1):
+            prompt = prompt_ids(run.tokenizer, run.system, held_out["questions"][0])
+            dense, pruned = speed.decode_speeds([run.model, slim], prompt)
+        out["tokens_per_second"] = {"dense": dense, "pruned": pruned, "threads": torch.get_num_threads()}
+    return out
+
+
+def _dialogue(run: _Run, slim: nn.Module, questions: list[str]) -> list[dict]:
+    """The same questions answered by the dense and by the pruned model, same seed."""
+    prompts = [prompt_ids(run.tokenizer, run.system, question) for question in questions]
+    stops = stop_ids(run.model, run.tokenizer)
+    with run.progress.stage("side by side", 2):
+        said = [generate(model, prompts, stops, 96, temperature=0.6, seed=HELD_OUT_SEED) for model in (run.model, slim)]
+    rows = zip(questions, *said, strict=True)
+    return [{"question": q, "dense": run.text(d), "pruned": run.text(p)} for q, d, p in rows]
+
+
+def _write(run: _Run, folder: Path, result: SculptResult) -> None:
+    """Everything a user takes away. The slim checkpoint only for equal widths; other engines have one width."""
+    files.write_text(folder / "run.yaml", report.run_yaml(result.metrics["run"]))
+    result.persona_file.save(folder / f"persona{SUFFIX}")
+    card = report.model_card(result.metrics)
+    if run.config.scope == "layer":
+        save_slim(result.model, run.tokenizer, folder / "slim", lambda to: files.write_text(to / "README.md", card))
+    files.write_text(folder / "README.md", card)
+    files.write_text(folder / "report.html", report.html(result.metrics, result.persona_file))
+    files.write_json(folder / "metrics.json", result.metrics)
+
+
+def sculpt(
+    model: nn.Module,
+    tokenizer,
+    persona: Persona,
+    ratio: float = 0.25,
+    out: str | Path | None = None,
+    base: str | None = None,
+    progress: Progress | None = None,
+    **settings,
+) -> SculptResult:
+    """Finds the slice of `model` that `persona` needs (Persona-Pruner, arXiv 2606.14695) and cuts the rest away.
+
+    Args:
+        model, tokenizer: a causal LM of transformers with gated MLPs, and its tokenizer; the model is left as it is.
+        persona: who to play.
+        ratio: share of FFN channels to remove, in (0, 1).
+        out: folder for the artefacts; a second run with the same arguments goes on where the first stopped.
+        base: name of the model in what is written, by default the one it was loaded by.
+        progress: who is told of stages; silent by default.
+        settings: the fields of `SculptConfig`.
+
+    Raises InputError for settings out of range or a model without gated MLPs, RunError when the disk refuses.
+    """
+    config = SculptConfig.of(ratio=ratio, **settings)
+    models.prepare(model)
+    models.gated_mlps(model)
+    folder = Path(out) if out else None
+    progress = progress or Progress()
+    work = Workspace(folder / "stages" if folder else None)
+    run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress)
+
+    held_out = _held_out(run)
+    guard = HeldOut([*held_out["questions"], *map(run.text, held_out["answers"])])
+    questions = _questions(run, guard, run.key(held_out))
+    answers = _answers(run, questions, run.key(held_out))
+    pairs = zip([*questions["own"], *questions["bank"]], answers, strict=True)
+    clean = [(question, answer) for question, answer in pairs if not guard.touches(run.text(answer))]
+    calibration = run.examples(*map(list, zip(*clean, strict=True)), in_character=config.in_character)
+    root = run.key([[example.prompt, example.answer] for example in calibration])
+
+    scores = _scores(run, calibration, root)
+    masks, state = _search(run, calibration, scores, files.digest([root, config.start]))
+
+    finished = files.digest([root, config.dump()])
+    if folder and (numbers := work.read("finished", finished)) and (folder / "slim").is_dir():
+        progress.note(f"{folder} is complete for these settings; nothing was computed anew")
+        slim, _ = models.load_model(folder / "slim", model.device, model.dtype)
+        return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
+
+    other = "global" if config.scope == "layer" else "layer"
+    spread = choice.choose(scores, config.ratio, other)
+    repaired = [None, None]
+    if config.repair:
+        packs = pack(calibration, config.budget)
+        with progress.stage("least-squares repair", len(packs)) as step:
+            repaired = repaired_down(model, packs, [masks, spread], config.ridge, step)
+    slim = slim_copy(model, masks, repaired[0])
+
+    found = "scores, search" if config.steps else "scores"
+    variants = [("persona-pruner", f"{found}, repair" if config.repair else found, masks, repaired[0])]
+    if config.repair:
+        variants.append(("persona-pruner, mask only", found, masks, None))
+    if config.compare:
+        fixed = "scores, repair" if config.repair else "scores"
+        variants.append((f"persona-pruner, {other} widths", fixed, spread, repaired[1]))
+    reference = metrics.dense_reference(model, run.examples(held_out["questions"], held_out["answers"]))
+    numbers = _measure(run, reference, variants, slim, held_out)
+    numbers["dialogue"] = _dialogue(run, slim, held_out["questions"][:3])
+    numbers["search"] = {"losses": state.losses, "flips": state.flips, "examples": len(calibration)}
+    numbers["search"]["tokens"] = sum(len(example.answer) for example in calibration)
+    numbers["seconds"] = {name: round(seconds, 1) for name, seconds in progress.seconds.items()}
+    numbers["run"] = {
+        "persona": persona.name,
+        "model": run.base,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "version": __version__,
+        "date": datetime.now(UTC).date().isoformat(),
+        "settings": config.dump(),
+    }
+    product = {key: numbers["methods"][0][key] for key in ("kl", "nll_drop", "neutral_nll_drop")}
+    bare = next(row for row in numbers["methods"] if row["name"].endswith("mask only") or not config.repair)
+    file = PersonaFile.of(
+        model,
+        persona.name,
+        run.system,
+        masks,
+        run.base,
+        ratio=config.ratio,
+        greeting=persona.greeting(),
+        metrics={"repaired": product if config.repair else None, "mask": {key: bare[key] for key in product}},
+    )
+    result = SculptResult(file, slim, numbers, folder)
+    if folder:
+        work.forget("finished")
+        _write(run, folder, result)
+        work.write("finished", finished, numbers)
+    return result
