@@ -22,10 +22,20 @@ if _native.interpreting():
 CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 ACTS = importance.ACTS
-CUDA_TYPES = {torch.float32: ("float", "f"), torch.bfloat16: ("__nv_bfloat16", "13__nv_bfloat16"), torch.float16: ("__half", "6__half")}
+CUDA_TYPES = {
+    torch.float32: ("float", "f"),
+    torch.bfloat16: ("__nv_bfloat16", "13__nv_bfloat16"),
+    torch.float16: ("__half", "6__half"),
+}
 TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 CHECKS = {"races": True, "uninit": True}
-SHAPES = [(3, 16, True), (70, 136, True), (67, 136, False), (65, 37, True), (130, 300, False)]  # tokens, channels, halves
+SHAPES = [
+    (3, 16, True),
+    (70, 136, True),
+    (67, 136, False),
+    (65, 37, True),
+    (130, 300, False),
+]  # tokens, channels, halves
 
 
 def bind(x):
@@ -62,7 +72,9 @@ def reference(gate, up, mask, dh, act, dtype):
 def check(got, gate, up, mask, dh, act):
     exact = reference(gate, up, mask, dh, act, torch.float64)
     peer = reference(gate, up, mask, dh, act, gate.dtype)
-    for name, x, y, z in zip(("h", "d_gate", "d_up", "d_mask", "taylor", "fisher", "norms"), got, peer, exact, strict=True):
+    for name, x, y, z in zip(
+        ("h", "d_gate", "d_up", "d_mask", "taylor", "fisher", "norms"), got, peer, exact, strict=True
+    ):
         error, allowed = ((v.double() - z).abs().max().item() for v in (x, y))
         assert error <= 2 * allowed + 2e-6 * z.abs().max().item(), f"{name}: {error:.3g}, reference {allowed:.3g}"
 
@@ -73,7 +85,9 @@ def cuda_source():
     for name, _ in CUDA_TYPES.values():
         for wide in (1, 4 if name == "float" else 8):
             kernels = [f"sqnorm<{name}, {wide}>"]
-            kernels += [f"swiglu_{k}<{name}, {wide}, {act}>" for k in ("forward", "backward") for act in ("kSilu", "kGeluTanh")]
+            kernels += [
+                f"swiglu_{k}<{name}, {wide}, {act}>" for k in ("forward", "backward") for act in ("kSilu", "kGeluTanh")
+            ]
             lines += [f"template __global__ decltype({k}) pp::importance::{k};" for k in kernels]
     return "\n".join(lines)
 
@@ -231,13 +245,17 @@ def disassemble(cubin: Path) -> dict[str, str]:
 def test_cuda_machine_code(cuda_source, tmp_path, arch):
     source, cubin = tmp_path / "k.cu", tmp_path / "k.cubin"
     source.write_text(cuda_source)
-    subprocess.run(["nvcc", "-O3", "-std=c++17", f"-arch={arch}", f"-I{CSRC}", "-cubin", source, "-o", cubin], check=True)
+    subprocess.run(
+        ["nvcc", "-O3", "-std=c++17", f"-arch={arch}", f"-I{CSRC}", "-cubin", source, "-o", cubin], check=True
+    )
     kernels = disassemble(cubin)
     assert len(kernels) == 31
     for name, code in kernels.items():
         assert not re.search(r"\b(STL|LDL)\b", code), f"{name} spills"
         if "Li4E" in name or "Li8E" in name:
-            loads = {"swiglu_forward": 2, "swiglu_backward": 3, "sqnorm": 1}[re.search(r"swiglu_\w+ward|sqnorm", name)[0]]
+            loads = {"swiglu_forward": 2, "swiglu_backward": 3, "sqnorm": 1}[
+                re.search(r"swiglu_\w+ward|sqnorm", name)[0]
+            ]
             assert code.count("LDG.E.128") >= loads, name
             assert "sqnorm" in name or "STG.E.128" in code, name
 

@@ -102,23 +102,38 @@ def test_states_of_lower_precision():
     assert_close_to_oracle(states.grad, slope, peer_slope, floor=1e-3)
 
 
-def test_sampled_labels_follow_the_model(monkeypatch):
-    model, drawn, nll = tiny_model(), [], losses._nll
-    monkeypatch.setattr(losses, "_nll", lambda out, target: (drawn.append(target), nll(out, target))[1])
-    monkeypatch.setattr(losses, "CHUNK", 4000)
+def test_sampled_labels_follow_the_model():
+    model = tiny_model()
     states = material(1)[0].expand(6000, -1)
-
-    def draw(seed):
-        drawn.clear()
-        value = losses.sampled_cross_entropy(model, states, torch.Generator().manual_seed(seed))
-        return torch.cat(drawn), value
-
-    labels, value = draw(0)
+    out = logits(model, states)
+    labels = losses.draw(out, torch.Generator().manual_seed(0))
     wanted = logits(model, states[:1])[0].softmax(-1)
-    assert labels.shape == (6000,)
-    assert (torch.bincount(labels, minlength=512) / 6000 - wanted).abs().max() < 0.04
-    assert value == pytest.approx(losses.cross_entropy(model, states, labels).item(), rel=1e-5)
-    assert torch.equal(labels, draw(0)[0]) and not torch.equal(labels, draw(1)[0])
+    shares = torch.bincount(labels, minlength=512) / 6000
+    assert labels.shape == (6000,) and (shares - wanted).abs().max() < 0.04
+    again = losses.draw(out, torch.Generator().manual_seed(0))
+    assert torch.equal(labels, again)
+
+
+def test_sampled_cross_entropy_is_cross_entropy_of_the_labels_it_draws():
+    model = tiny_model()
+    states, generator = material(5)[0], torch.Generator()
+    labels = losses.draw(logits(model, states), generator.manual_seed(3))
+    results = []
+    for loss in (
+        lambda s: losses.sampled_cross_entropy(model, s, generator.manual_seed(3)),
+        lambda s: losses.cross_entropy(model, s, labels),
+    ):
+        leaf = states.clone().requires_grad_()
+        value = loss(leaf)
+        value.backward()
+        results.append((value.item(), leaf.grad))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
+def test_labels_of_zero_probability_are_never_drawn():
+    out = torch.full((4000, 9), -torch.inf)
+    out[:, 4] = out[:, 6] = 0.0
+    assert set(losses.draw(out, torch.Generator().manual_seed(0)).tolist()) == {4, 6}
 
 
 def test_labels_of_a_certain_model():

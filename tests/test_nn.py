@@ -96,9 +96,11 @@ def test_slim_refuses_and_leaves_the_model(masks, why):
 
 def test_the_model_comes_back_after_an_error():
     model = tiny_model()
-    before, mlps, downs = model(IDS).logits, models.gated_mlps(model), [
-        mlp.down_proj.weight for mlp in models.gated_mlps(model)
-    ]
+    before, mlps, downs = (
+        model(IDS).logits,
+        models.gated_mlps(model),
+        [mlp.down_proj.weight for mlp in models.gated_mlps(model)],
+    )
     for context in (masked(model, random_masks(model)), replaced_down(model, [torch.zeros(32, 64)] * 3)):
         with pytest.raises(KeyboardInterrupt), context:
             raise KeyboardInterrupt

@@ -12,9 +12,9 @@ from persona_pruner.packing import (
     hidden_states,
     logits,
     pack,
+    sliding_window,
     text_packs,
 )
-from persona_pruner.synthesis.generate import sliding_window
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
 
 WINDOWED = {"mistral", "gemma3"}

@@ -54,7 +54,7 @@ def input_sqnorms(context: Context) -> list[Tensor]:
     """float32 [C] a layer: sum over calibration tokens of h^2, with h what enters down_proj."""
     sums = _zeros(context.model)
 
-    def add(acc: Tensor, h: Tensor) -> None:
+    def add(acc: Tensor, h: Tensor) -> None:  # what a hook returns would take the place of h
         column_sqnorm_(h, acc)
 
     hooks = [

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from persona_pruner.packing import common_prefix, logits
+from persona_pruner.packing import additive_masks, common_prefix, logits, sliding_window
 
 
 def _next(scores: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -16,29 +16,11 @@ def _next(scores: torch.Tensor, temperature: float, top_k: int, generator: torch
     return ids.gather(1, chosen)[:, 0]
 
 
-def sliding_window(model: nn.Module) -> int | None:
-    """Tokens that the model's sliding-window layers see back, itself included; None where no layer has a window."""
-    config = model.config.get_text_config()
-    types = getattr(config, "layer_types", None)  # absent in Mistral, where a window is every layer's
-    return getattr(config, "sliding_window", None) if types is None or "sliding_attention" in types else None
-
-
-def _window_masks(model: nn.Module, attend: torch.Tensor, position: torch.Tensor, window: int):
-    """Additive masks [rows, 1, queries, keys] for a decoder with sliding windows; by layer type where they differ.
-
-    transformers counts a window in cache slots, and these rows have padding in the middle: positions are counted here.
-    """
-    distance = position[:, None, :, None] - (attend.cumsum(-1) - 1)[:, None, None, :]
-    allowed = (attend[:, None, None, :] != 0) & (distance >= 0)
-
-    def additive(keep: torch.Tensor) -> torch.Tensor:
-        lowest = torch.finfo(model.dtype).min
-        return torch.zeros(keep.shape, dtype=model.dtype, device=keep.device).masked_fill_(~keep, lowest)
-
-    near = additive(allowed & (distance < window))
-    if getattr(model.config.get_text_config(), "layer_types", None) is None:
-        return near
-    return {"full_attention": additive(allowed), "sliding_attention": near}
+def _masks(model: nn.Module, attend: torch.Tensor, position: torch.Tensor):
+    """Attention masks by position: transformers counts a window in cache slots, and rows have padding in the middle."""
+    keys = (attend.cumsum(-1) - 1)[:, None, None, :]
+    distance = position[:, None, :, None] - keys
+    return additive_masks(model, (attend[:, None, None, :] != 0) & (distance >= 0), distance)
 
 
 @torch.inference_mode()
@@ -78,7 +60,7 @@ def generate_batch(
         )
         cache.batch_repeat_interleave(len(prompts))
     position = (attend.cumsum(-1) - 1).clamp_(min=0)[:, prefix:]
-    window = sliding_window(model)
+    windowed = sliding_window(model) is not None
     rows = torch.arange(len(prompts), device=device)
     ends = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     texts: list[list[int]] = [[] for _ in prompts]
@@ -86,7 +68,7 @@ def generate_batch(
         out = decoder(
             input_ids=ids,
             position_ids=position,
-            attention_mask=_window_masks(model, attend, position, window) if window else attend,
+            attention_mask=_masks(model, attend, position) if windowed else attend,
             past_key_values=cache,
             use_cache=True,
         )
