@@ -134,3 +134,12 @@ def test_labels_of_zero_probability_are_never_drawn():
     out = torch.full((4000, 9), -torch.inf)
     out[:, 4] = out[:, 6] = 0.0
     assert set(losses.draw(out, torch.Generator().manual_seed(0)).tolist()) == {4, 6}
+
+
+def test_labels_of_a_certain_model():
+    """All mass on the first or on the last word: the search over the summed mass must not run past an end."""
+    model = tiny_model(tie_word_embeddings=False)
+    for word in (0, 511):
+        model.lm_head.weight.zero_()[word] = 100
+        value = losses.sampled_cross_entropy(model, torch.ones(50, 32), torch.Generator().manual_seed(0))
+        assert value.item() == 0

@@ -11,7 +11,7 @@ from persona_pruner.nn import masked
 from persona_pruner.packing import answer_states, pack
 from persona_pruner.search.masks import choose
 from persona_pruner.search.scores import Context, channel_scores
-from persona_pruner.search.ste import Settings, State, batches, search, standardised, start, teacher_states
+from persona_pruner.search.ste import Settings, State, _adam, batches, search, standardised, start, teacher_states
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
 
 
@@ -194,3 +194,16 @@ def test_an_interrupted_search_leaves_the_model():
     with pytest.raises(KeyboardInterrupt):
         search(model, examples, begin(model, examples), Settings(loss="ce"), after_step=stop)
     assert models.gated_mlps(model) == mlps
+
+
+def test_thirty_steps_of_adam():
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(50, generator=generator)
+    state, peer = State([score.clone()], [torch.zeros(50)], [torch.zeros(50)]), score.clone().requires_grad_()
+    adam = torch.optim.Adam([peer], lr=0.1, betas=(0.9, 0.99), eps=1e-12)
+    for step in range(30):
+        peer.grad = torch.randn(50, generator=generator) * 10 ** (step % 4)
+        _adam(state, [peer.grad], 0.1)
+        state.done += 1
+        adam.step()
+    torch.testing.assert_close(state.scores[0], peer.detach(), rtol=1e-5, atol=1e-5)
