@@ -149,8 +149,11 @@ def table(rows):
     cells = [[("-" if x != x else f"{x:.3f}") if isinstance(x, float) else str(x) for x in r] for r in rows]
     width = [max(len(r[j]) for r in cells) for j in range(len(cells[0]))]
     text = len(cells[0]) - 1 if "accesses" in cells[0][-1] else -1
-    return "\n".join("  ".join(x.ljust(w) if j in (0, text) else x.rjust(w) for j, (x, w) in enumerate(zip(r, width, strict=False)))
-                     .rstrip() for r in cells)
+    lines = []
+    for row in cells:
+        padded = [x.ljust(w) if j in (0, text) else x.rjust(w) for j, (x, w) in enumerate(zip(row, width, strict=True))]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- instruction families
