@@ -1,0 +1,101 @@
+"""Runs the CUDA ops without a GPU: `SimModule` stands in for `persona_pruner._cuda`.
+
+It takes the same calls with the same integers, and executes the PTX of csrc/cuda/<op>.cu in ptxsim on CPU tensors. So
+the code under test is the code that ships: the packing, the choice of kernel and the launch in Python, and the kernels.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+from ptxsim import Module
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
+
+
+def nvcc(source: Path, output: Path, arch: str, *options: str) -> str:
+    """Compile a .cu file of this repository; returns what nvcc printed."""
+    import pybind11
+
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"], ROOT / "csrc"]
+    command = [NVCC, f"-arch=sm_{arch}", "-O3", "-std=c++17", "-DPP_MODULE=_cuda", *(f"-I{d}" for d in includes)]
+    done = subprocess.run([*command, *options, source, "-o", output], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed on {source}:\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+@functools.cache
+def ptx_module(op: str, arch: str = "80") -> Module:
+    """The PTX of csrc/cuda/<op>.cu; kept in build/ptx under a hash of every file in csrc/cuda."""
+    text = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc" / "cuda").iterdir()))
+    version = subprocess.run([NVCC, "--version"], capture_output=True).stdout
+    name = f"{op}_{arch}_{hashlib.sha256(text + version).hexdigest()[:16]}.ptx"
+    cached = ROOT / "build" / "ptx" / name
+    if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{os.getpid()}")
+        nvcc(ROOT / "csrc" / "cuda" / f"{op}.cu", partial, arch, "-lineinfo", "-ptx")
+        partial.rename(cached)
+    return Module(cached.read_text())
+
+
+def memory(address: int, size: int) -> np.ndarray | None:
+    """The `size` bytes at a tensor's data_ptr."""
+    if address == 0:
+        return None
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)) if size else np.zeros(0, np.uint8)
+
+
+class SimModule:
+    """`checks` go to ptxsim's launch; `stats` keeps (kernel, Stats) of every launch."""
+
+    def __init__(self, ptx=None, **checks):
+        self.ptx = ptx
+        self.checks = {"races": True, "uninit": True, **checks}
+        self.stats = []
+
+    def launch(self, op, kernel, grid, threads, shared, args):
+        module = self.ptx or ptx_module(op)
+        stats = module.launch(f"{op}_{kernel}", grid, threads, args, shared_bytes=shared, **self.checks)
+        self.stats.append((kernel, stats))
+
+    # ---- linear24
+
+    def linear24_kernels(self):
+        return Same()
+
+    def linear24(self, kernel, grid, threads, shared, w, x, y, bias, row_scale, token_scale, partial, count, m, n,
+                 row_bytes, kind, device, stream):
+        row_blocks, blocks = -(-n // 64), -(-row_bytes // 128)
+        splits, size = grid[2] if "prefill" in kernel else grid[1], (4, 2, 2)[kind]
+        buffers = [memory(w, row_blocks * blocks * (5120 if "_i8_" in kernel else 4608)), memory(x, m * row_bytes)]
+        buffers += [memory(y, m * n * size), memory(bias, n * size), memory(row_scale, 4 * n), memory(token_scale, 4 * m)]
+        buffers += [memory(partial, splits * m * row_blocks * 256), memory(count, 4 * 4096)]
+        self.launch("linear24", kernel, grid, threads, shared, [*buffers, m, n, row_bytes, kind])
+
+    def linear24_quantize(self, kernel, x, q, scale, m, cols, row_bytes, device, stream):
+        buffers = [memory(x, m * cols * (4 if kernel.endswith("f32") else 2)), memory(q, m * row_bytes), memory(scale, 4 * m)]
+        self.launch("linear24", kernel, m, 256, 0, [*buffers, cols, row_bytes])
+
+    # ---- select24
+
+    def select24(self, kind, weight, scale, values, meta, flag, rows, cols, device, stream):
+        size = 4 if kind.startswith("f32") else 2
+        buffers = [memory(weight, rows * cols * size), memory(scale, 4 * cols), memory(values, rows * cols // 2 * size)]
+        buffers += [memory(meta, rows * ((cols + 7) // 8)), memory(flag, 4)]
+        raise NotImplementedError
+
+
+class Same(dict):
+    """A kernel table whose index of a kernel is its name."""
+
+    def __missing__(self, key):
+        return key
