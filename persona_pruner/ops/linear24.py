@@ -23,6 +23,7 @@ from persona_pruner.ops._dispatch import Backend, Op
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+MAX_INT8_COLS = 131072  # K/2 products of 255 * 128 stay below 2^31
 
 
 @dataclass
@@ -157,7 +158,7 @@ def _check(x, weight, bias):
     rows, cols = weight.shape
     if x.dim() == 0 or x.shape[-1] != cols:
         raise InputError(f"linear24: x must be [..., {cols}] for this weight, got {list(x.shape)}")
-    if weight.scales is None and x.dtype != weight.values.dtype or x.dtype not in FLOATS:
+    if (weight.scales is None and x.dtype != weight.values.dtype) or x.dtype not in FLOATS:
         raise InputError(f"linear24: x is {x.dtype} and values are {weight.values.dtype}; convert one of them")
     if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
         raise InputError(f"linear24: bias must be {x.dtype} [{rows}], got {bias.dtype} {list(bias.shape)}")
@@ -222,7 +223,7 @@ def _op(
     scales: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """linear24 as torch.compile sees it; eager calls go past it, because the dispatcher costs more than a small GEMV."""
+    """linear24 as torch.compile sees it; eager calls go past it: the dispatcher costs more than a small GEMV."""
     return _forward(x, Packed24(values, meta, scales), bias, backend)
 
 
@@ -247,20 +248,40 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _cpu_run(x, weight, bias):
-    raise NotImplementedError
+    rows, cols = weight.shape
+    values, meta, scales = weight.values.contiguous(), weight.meta.contiguous(), weight.scales
+    y = x.new_empty(x.shape[0], rows)
+    module, name, b = _native.cpu_module(), NATIVE[x.dtype], 0 if bias is None else bias.data_ptr()
+    sizes = (x.shape[0], rows, cols, torch.get_num_threads())
+    if scales is None:
+        run = getattr(module, f"linear24_{name}")
+        run(x.data_ptr(), values.data_ptr(), meta.data_ptr(), b, y.data_ptr(), *sizes)
+    else:
+        run = getattr(module, f"linear24_i8_{name}")
+        scales = scales.contiguous()
+        run(x.data_ptr(), values.data_ptr(), meta.data_ptr(), scales.data_ptr(), b, y.data_ptr(), *sizes)
+    return y
 
 
 def _cpu_unavailable(device_type):
     if device_type != "cpu":
         return "it takes CPU tensors"
     module = _native.cpu_module()
-    return module if isinstance(module, str) else "not written yet"
+    return module if isinstance(module, str) else None
+
+
+def _cpu_refuses(x, weight, bias):
+    if x.dtype not in NATIVE:
+        return f"it has no {x.dtype} kernel"
+    if weight.scales is not None and weight.shape[1] > MAX_INT8_COLS:
+        return f"int8 sums overflow beyond K = {MAX_INT8_COLS}"
+    return None
 
 
 OP = Op(
     "linear24",
     [
-        Backend("cpu", _cpu_run, _cpu_unavailable),
+        Backend("cpu", _cpu_run, _cpu_unavailable, _cpu_refuses),
         Backend("reference", reference),
     ],
 )
