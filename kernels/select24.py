@@ -14,7 +14,7 @@ WARPS = 4
 
 
 @triton.jit
-def select24(
+def _select(
     weight, col_scale, values, meta, nan, groups, units,
     FLOAT: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -45,8 +45,25 @@ def select24(
     v0 = tl.sum(tl.where(slot[None, :] == first[:, None], bits, 0), axis=1).to(bits.dtype)
     v1 = tl.sum(tl.where(slot[None, :] == second[:, None], bits, 0), axis=1).to(bits.dtype)
     pair = tl.arange(0, 2)
-    tl.store(values + at * 2 + pair[None, :], tl.where(pair[None, :] == 0, v0[:, None], v1[:, None]), mask=real[:, None])
+    both = tl.where(pair[None, :] == 0, v0[:, None], v1[:, None])
+    tl.store(values + at * 2 + pair[None, :], both, mask=real[:, None])
     nibble = tl.where(real, first | second << 2, 4).to(tl.int32)
     byte = tl.sum(tl.reshape(nibble, (BLOCK // 2, 2)) << (4 * pair[None, :]), axis=1)
     index = tl.program_id(0) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
     tl.store(meta + index, byte.to(tl.uint8), mask=index < units // 2)
+
+
+FLOATS = {"f32": tl.float32, "bf16": tl.bfloat16, "f16": tl.float16}
+
+
+def select24(weight, kind, col_scale, values, meta, nan) -> None:
+    """weight [N, K] to values [N, K/2] and meta uint8 [N, ceil(K/8)]; nan int32 [1] becomes 1 if a score is NaN.
+
+    weight and values are integers with the bits of `kind`; col_scale float32 [K] or None.
+    """
+    rows, cols = weight.shape
+    units = rows * ((cols // 4 + 1) // 2 * 2)
+    _select[(triton.cdiv(units, BLOCK),)](
+        weight, col_scale, values, meta, nan, cols // 4, units,
+        FLOAT=FLOATS[kind], SCALED=col_scale is not None, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip

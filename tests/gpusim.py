@@ -87,11 +87,14 @@ class SimModule:
 
     # ---- select24
 
-    def select24(self, kind, weight, scale, values, meta, flag, rows, cols, device, stream):
-        size = 4 if kind.startswith("f32") else 2
+    def select24_kernels(self):
+        return Same()
+
+    def select24(self, kernel, blocks, weight, scale, values, meta, nan, rows, cols, device, stream):
+        size = 4 if kernel.startswith("f32") else 2
         buffers = [memory(weight, rows * cols * size), memory(scale, 4 * cols), memory(values, rows * cols // 2 * size)]
-        buffers += [memory(meta, rows * ((cols + 7) // 8)), memory(flag, 4)]
-        raise NotImplementedError
+        buffers += [memory(meta, rows * ((cols + 7) // 8)), memory(nan, 4)]
+        self.launch("select24", kernel, blocks, 256, 0, [*buffers, rows, cols])
 
 
 class Same(dict):

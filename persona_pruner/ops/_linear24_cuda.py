@@ -17,7 +17,6 @@ from persona_pruner.ops import _native
 ROWS = 64
 TAG = {torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "i8", torch.float32: "f32"}
 KIND = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-MAX_ELEMENTS = 2**31
 
 
 def to_blocks(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
@@ -29,13 +28,11 @@ def to_blocks(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     rows, half = values.shape
     e = 4 // values.element_size()
     nb, kb = math.ceil(rows / ROWS), math.ceil(half / (16 * e))
-    meta = meta.clone()
-    if half % 4:
-        meta[:, -1] = meta[:, -1] & 15 | 4 << 4
     values = F.pad(values, (0, kb * 16 * e - half, 0, nb * ROWS - rows))
     meta = F.pad(meta, (0, kb * 4 * e - meta.shape[1], 0, nb * ROWS - rows), value=0x44)
     # values: nb mt h g | kb ks j t e, of which a lane's piece is (j h e)
-    v = values.view(nb, 4, 2, 8, kb, 2, 2, 4, e).permute(0, 4, 1, 5, 3, 7, 6, 2, 8)
+    v = values.contiguous().view(nb, 4, 2, 8, kb, 2, 2, 4, e).permute(0, 4, 1, 5, 3, 7, 6, 2, 8)
+    meta = meta.contiguous()
     if e == 2:
         # a word of metadata: rows g and g + 8 of 16 columns t: nb mt h g | kb t (16 bits)
         m = meta.view(torch.int16).view(nb, 4, 2, 8, kb, 4).permute(0, 4, 3, 5, 1, 2)
@@ -170,14 +167,10 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def refuses(x: torch.Tensor, weight, bias: torch.Tensor | None) -> str | None:
+def refuses(x: torch.Tensor, weight) -> str | None:
     dtype = weight.values.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.int8):
         return f"the sparse tensor cores take float16, bfloat16 and int8 weights, not {dtype}"
-    if x.dtype not in KIND:
-        return f"it writes float32, float16 and bfloat16, not {x.dtype}"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "2:4 sparse tensor cores need compute capability 8.0 or newer"
-    if max(weight.values.numel(), x.numel(), x.shape[0] * weight.shape[0]) >= MAX_ELEMENTS:
-        return "a tensor has 2^31 elements or more"
     return None

@@ -9,16 +9,18 @@ int8 values carry one float32 scale a row, and then x is quantized token by toke
 
 so a token that holds an Inf or NaN anywhere becomes NaN. Metadata is taken as it is: any nibble means two positions,
 and equal positions add up, so corrupt bytes give a defined number and never an access out of bounds; `check24` refuses
-them, and everything that reads packed weights from outside calls it once.
+them, and everything that reads packed weights from outside calls it once. On a GPU, backend 'cuda' refuses them as well
+and 'triton' lets the first of two equal positions stand.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from persona_pruner.errors import InputError
-from persona_pruner.ops import _native
+from persona_pruner.ops import _linear24_cuda, _native
 from persona_pruner.ops._dispatch import Backend, Op
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -270,7 +272,7 @@ def _cpu_unavailable(device_type):
     return module if isinstance(module, str) else None
 
 
-def _cpu_refuses(x, weight, bias):
+def _refuses(x, weight, bias):
     if x.dtype not in NATIVE:
         return f"it has no {x.dtype} kernel"
     if weight.scales is not None and weight.shape[1] > MAX_INT8_COLS:
@@ -278,10 +280,60 @@ def _cpu_refuses(x, weight, bias):
     return None
 
 
+def _cuda_run(x, weight, bias):
+    if weight.layout is None:
+        # the instructions are undefined on corrupt metadata
+        check24(weight.values, weight.meta, weight.scales)
+        weight.layout = _linear24_cuda.to_blocks(weight.values, weight.meta)
+    return _linear24_cuda.run(x, weight.layout, weight, bias)
+
+
+def _triton_run(x, weight, bias):
+    """Lends the plain tensors in the integers that the kernel loads: a group's two values, and 8 groups' metadata."""
+    kernels = _native.triton_kernels("linear24")
+    rows, cols = weight.shape
+    values, meta, scales, sx = weight.values.contiguous(), weight.meta.contiguous(), weight.scales, None
+    y = x.new_empty(x.shape[0], rows)
+    if scales is not None:
+        (x, sx), scales = quantize_tokens(x), scales.contiguous()
+        x = x.to(torch.int8)
+    pair = {1: torch.int16, 2: torch.int32, 4: torch.int64}[values.element_size()]
+    if values.data_ptr() % pair.itemsize:
+        values = values.clone()
+    if meta.shape[1] % 4 or meta.data_ptr() % 4:
+        meta = F.pad(meta, (0, -meta.shape[1] % 4)).clone()
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    splits = kernels.splits(x.shape[0], rows, cols, x.element_size(), processors)
+    kind = torch.float32 if sx is None else torch.int32
+    partial = None if splits == 1 else x.new_empty(splits, x.shape[0], rows, dtype=kind)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernels.linear24(x, values.view(pair), meta.view(torch.int32), bias, scales, sx, y, partial)
+    return y
+
+
+def _triton_unavailable(device_type):
+    if device_type != "cuda" and not _native.interpreting():
+        return "it takes GPU tensors (TRITON_INTERPRET=1 interprets it on CPU tensors)"
+    module = _native.triton_kernels("linear24")
+    return module if isinstance(module, str) else None
+
+
+def _gpu_refuses(x, weight, bias):
+    if max(weight.values.numel(), x.numel(), x.shape[0] * weight.shape[0]) >= 2**31:
+        return "a tensor has 2^31 elements or more"
+    return _refuses(x, weight, bias)
+
+
+def _cuda_refuses(x, weight, bias):
+    return _gpu_refuses(x, weight, bias) or _linear24_cuda.refuses(x, weight)
+
+
 OP = Op(
     "linear24",
     [
-        Backend("cpu", _cpu_run, _cpu_unavailable, _cpu_refuses),
+        Backend("cpu", _cpu_run, _cpu_unavailable, _refuses),
+        Backend("cuda", _cuda_run, _linear24_cuda.unavailable, _cuda_refuses),
+        Backend("triton", _triton_run, _triton_unavailable, _gpu_refuses),
         Backend("reference", reference),
     ],
 )

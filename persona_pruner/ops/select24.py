@@ -9,6 +9,8 @@ meta   [N, ceil(K/8)] uint8: a nibble `idx0 | idx1 << 2` for each group, idx0 < 
 A weight or scale that is NaN, or a score that is (inf * 0), is refused: no order exists among such scores.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from persona_pruner.errors import InputError
@@ -89,14 +91,78 @@ def _cpu_unavailable(device_type):
     return module if isinstance(module, str) else None
 
 
-def _cpu_refuses(weight, col_scale):
+def _refuses(weight, col_scale):
     return None if weight.dtype in NATIVE else f"it has no {weight.dtype} kernel"
+
+
+def _gpu(select):
+    """A backend from `select(weight, kind, col_scale, values, meta, nan)`, which sets nan int32 [1] on a NaN score."""
+
+    def run(weight, col_scale):
+        rows, cols = weight.shape
+        values = weight.new_empty(rows, cols // 2)
+        meta = weight.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+        nan = weight.new_zeros(1, dtype=torch.int32)
+        if values.numel():
+            with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
+                select(weight, NATIVE[weight.dtype], col_scale, values, meta, nan)
+        if nan.item():
+            raise nan_error()
+        return values, meta
+
+    return run
+
+
+def _cuda_select(weight, kind, col_scale, values, meta, nan):
+    stream, device = torch.cuda.current_stream().cuda_stream, weight.device.index
+    launch(_native.cuda_module(), weight, kind, col_scale, values, meta, nan, device, stream)
+
+
+def launch(module, weight, kind, col_scale, values, meta, nan, device, stream) -> None:
+    """One launch of csrc/cuda/select24.cu: two groups a thread in 16-bit types, one where rows are not aligned so."""
+    rows, cols = weight.shape
+    if weight.data_ptr() % (4 * weight.element_size()):
+        weight = weight.clone()
+    if col_scale is not None and col_scale.data_ptr() % 16:
+        col_scale = col_scale.clone()
+    pairs = cols % 8 == 0 and weight.element_size() == 2 and weight.data_ptr() % 16 == 0
+    bytes_of_meta = meta.numel()
+    blocks = -(-bytes_of_meta * (1 if pairs else 2) // 256)
+    kernel = module.select24_kernels()[f"{kind}_{2 if pairs else 1}"]
+    scale = 0 if col_scale is None else col_scale.data_ptr()
+    pointers = weight.data_ptr(), scale, values.data_ptr(), meta.data_ptr(), nan.data_ptr()
+    module.select24(kernel, blocks, *pointers, rows, cols, device, stream)
+
+
+def _triton_select(weight, kind, col_scale, values, meta, nan):
+    bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
+    _native.triton_kernels("select24").select24(weight.view(bits), kind, col_scale, values.view(bits), meta, nan)
+
+
+def _cuda_unavailable(device_type):
+    if device_type != "cuda" or torch.version.hip:
+        return "it takes tensors on an NVIDIA GPU"
+    module = _native.cuda_module()
+    return module if isinstance(module, str) else None
+
+
+def _triton_unavailable(device_type):
+    if device_type != "cuda" and not _native.interpreting():
+        return "it takes GPU tensors (TRITON_INTERPRET=1 interprets it on CPU tensors)"
+    module = _native.triton_kernels("select24")
+    return module if isinstance(module, str) else None
+
+
+def _gpu_refuses(weight, col_scale):
+    return "a tensor has 2^31 elements or more" if weight.numel() >= 2**31 else _refuses(weight, col_scale)
 
 
 OP = Op(
     "select24",
     [
-        Backend("cpu", _cpu_run, _cpu_unavailable, _cpu_refuses),
+        Backend("cpu", _cpu_run, _cpu_unavailable, _refuses),
+        Backend("cuda", _gpu(_cuda_select), _cuda_unavailable, _gpu_refuses),
+        Backend("triton", _gpu(_triton_select), _triton_unavailable, _gpu_refuses),
         Backend("reference", reference),
     ],
 )
