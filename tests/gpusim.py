@@ -1,7 +1,9 @@
-"""Runs the CUDA ops without a GPU: `SimModule` stands in for `persona_pruner._cuda`.
+"""Runs the GPU ops without a GPU, on CPU tensors.
 
-It takes the same calls with the same integers, and executes the PTX of csrc/cuda/<op>.cu in ptxsim on CPU tensors. So
-the code under test is the code that ships: the packing, the choice of kernel and the launch in Python, and the kernels.
+`SimModule` stands in for `persona_pruner._cuda`: it takes the same calls with the same integers and executes the PTX of
+csrc/cuda/<op>.cu in ptxsim. `SimJit` stands in for a function under @triton.jit: it compiles for the arguments of the
+call, as Triton does, and executes that PTX. So the code under test is the code that ships: the packing, the choice of
+kernel and the launch in Python, and the kernels themselves.
 """
 
 import ctypes
@@ -14,7 +16,8 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
-from ptxsim import Module
+import torch
+from ptxsim import Module, compile_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
@@ -77,12 +80,14 @@ class SimModule:
         row_blocks, blocks = -(-n // 64), -(-row_bytes // 128)
         splits, size = grid[2] if "prefill" in kernel else grid[1], (4, 2, 2)[kind]
         buffers = [memory(w, row_blocks * blocks * (5120 if "_i8_" in kernel else 4608)), memory(x, m * row_bytes)]
-        buffers += [memory(y, m * n * size), memory(bias, n * size), memory(row_scale, 4 * n), memory(token_scale, 4 * m)]
+        buffers += [memory(y, m * n * size), memory(bias, n * size)]
+        buffers += [memory(row_scale, 4 * n), memory(token_scale, 4 * m)]
         buffers += [memory(partial, splits * m * row_blocks * 256), memory(count, 4 * 4096)]
         self.launch("linear24", kernel, grid, threads, shared, [*buffers, m, n, row_bytes, kind])
 
     def linear24_quantize(self, kernel, x, q, scale, m, cols, row_bytes, device, stream):
-        buffers = [memory(x, m * cols * (4 if kernel.endswith("f32") else 2)), memory(q, m * row_bytes), memory(scale, 4 * m)]
+        size = 4 if kernel.endswith("f32") else 2
+        buffers = [memory(x, m * cols * size), memory(q, m * row_bytes), memory(scale, 4 * m)]
         self.launch("linear24", kernel, m, 256, 0, [*buffers, cols, row_bytes])
 
     # ---- select24
@@ -102,3 +107,41 @@ class Same(dict):
 
     def __missing__(self, key):
         return key
+
+
+TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+TRITON_TYPES |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
+
+
+class SimJit:
+    """`SimJit(fn)[grid](...)` for a @triton.jit function `fn`; `arch` and `checks` as for SimModule."""
+
+    def __init__(self, fn, arch="80", **checks):
+        self.fn, self.arch, self.stats = fn, arch, []
+        self.checks = {"races": True, "uninit": True, **checks}
+
+    def __getitem__(self, grid):
+        return functools.partial(self.run, grid)
+
+    def compile(self, *args, num_warps=4, num_stages=3, **constants):
+        """The kernel for these arguments and the ones that stay arguments; ones and nulls become constants."""
+        signature, attributes, kept = {}, {}, []
+        fixed = {self.fn.arg_names[i] for i in self.fn.do_not_specialize if isinstance(i, int)}
+        fixed |= {name for name in self.fn.do_not_specialize if isinstance(name, str)}
+        for index, (name, arg) in enumerate(zip(self.fn.arg_names, args, strict=False)):
+            if arg is None or (isinstance(arg, int) and arg == 1 and name not in fixed):
+                constants[name] = arg
+                signature[name] = "constexpr"
+                continue
+            pointer = isinstance(arg, torch.Tensor)
+            signature[name] = f"*{TRITON_TYPES[arg.dtype]}" if pointer else "i32"
+            if (arg.data_ptr() if pointer else arg) % 16 == 0 and name not in fixed:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            kept.append(arg)
+        signature |= {name: "constexpr" for name in self.fn.arg_names if name not in signature}
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        return compile_triton(self.fn, signature, constants, self.arch, attrs=attributes, **options), kept
+
+    def run(self, grid, *args, **options):
+        kernel, kept = self.compile(*args, **options)
+        self.stats.append(kernel.launch(grid, kept, **self.checks))
