@@ -240,7 +240,7 @@ bool finite(const BFloat16* x, int64_t n) {
 bool by_tiles(const Linear24<BFloat16>& a) {
   if (a.tokens < kAmxTokens || !finite(a.x, a.tokens * a.cols)) return false;
   std::unique_ptr<float[]> sums(new float[a.tokens * a.rows]);
-  if (!amx_bf16({a.x, a.values, a.meta, sums.get(), a.tokens, a.rows, a.cols, a.threads})) return false;
+  if (!amx_bf16({a.x, a.cols, a.values, a.meta, sums.get(), a.tokens, a.rows, a.cols, a.threads})) return false;
   for (int64_t t = 0; t < a.tokens; ++t) {
     for (int64_t r = 0; r < a.rows; r += kLanes) {
       const int n = static_cast<int>(std::min<int64_t>(kLanes, a.rows - r));

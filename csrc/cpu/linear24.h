@@ -29,7 +29,8 @@ constexpr int64_t kAmxTokens = 3;
 // passes finite x only, and takes another way when the answer is false, that is, when a nibble of meta is not one of
 // the six patterns or the system does not allow AMX.
 struct Tiles {
-  const void* x;  // [tokens, cols], bf16 or int8
+  const void* x;     // [tokens, cols], bf16 or int8
+  int64_t x_stride;  // elements between tokens
   const void* values;
   const uint8_t* meta;
   void* out;  // [tokens, rows], float32 or int32 sums

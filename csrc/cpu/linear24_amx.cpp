@@ -47,11 +47,12 @@ struct Int8 {
   static __m512i expand(Mask m, const Element* p) { return _mm512_maskz_expandloadu_epi8(m, p); }
 };
 
-#define PP_MULTIPLY(c, a, b)                                             \
-  if constexpr (std::is_same_v<Type, Bf16>) {                            \
-    _tile_dpbf16ps(c, a, b);                                             \
-  } else {                                                               \
-    _tile_dpbssd(c, a, b);                                               \
+// Tile numbers are part of the instruction, hence a macro.
+#define PP_MULTIPLY(c, a, b)                  \
+  if constexpr (std::is_same_v<Type, Bf16>) { \
+    _tile_dpbf16ps(c, a, b);                  \
+  } else {                                    \
+    _tile_dpbssd(c, a, b);                    \
   }
 
 // Bit masks (one bit a column) of up to 512 columns from their metadata; ORs into `illegal` what is not 2:4.
@@ -117,7 +118,7 @@ void pack_tokens(const Tiles& a, int64_t block, int64_t steps, uint32_t* to) {
   std::memset(to, 0, steps * 1024);
   const int64_t tokens = std::min<int64_t>(16, a.tokens - 16 * block);
   for (int64_t t = 0; t < tokens; ++t) {
-    const Element* row = x + (16 * block + t) * a.cols;
+    const Element* row = x + (16 * block + t) * a.x_stride;
     for (int64_t d = 0; d < a.cols / kPer; ++d) std::memcpy(to + 16 * d + t, row + kPer * d, 4);
   }
 }

@@ -150,8 +150,9 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] as integers -127..127 (float32) and sx float32 [M]; a token that is not finite gives sx = NaN."""
     x = x.float()
     peak = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
+    peak = torch.where(peak < 1e-36, 0.0, peak)  # its inverse would not be finite
     sx = torch.where(peak.isfinite(), peak / 127, torch.nan)
-    inverse = torch.where(peak > 0, 127 / peak, 0.0)
+    inverse = torch.where(peak > 0, torch.full_like(peak, 127) / peak, 0.0)  # 127 / peak would round twice
     return torch.nan_to_num((x * inverse[:, None]).round()).clamp(-127, 127), sx
 
 
