@@ -14,6 +14,20 @@ WARPS = 4
 
 
 @triton.jit
+def _four(x, BLOCK: tl.constexpr):
+    """The four columns of x [BLOCK, 4]."""
+    even, odd = tl.split(tl.reshape(x, (BLOCK, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _score(bits, FLOAT: tl.constexpr):
+    return tl.abs(bits.to(FLOAT, bitcast=True).to(tl.float32))
+
+
+@triton.jit
 def _select(
     weight, col_scale, values, meta, nan, groups, units,
     FLOAT: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
@@ -28,29 +42,28 @@ def _select(
     real = (unit < units) & (group < groups)
     slot = tl.arange(0, 4)
     at = (row.to(tl.int64) * groups + group)[:, None]
-    bits = tl.load(weight + at * 4 + slot[None, :], mask=real[:, None], other=0)
-    score = tl.abs(bits.to(FLOAT, bitcast=True).to(tl.float32))
+    w0, w1, w2, w3 = _four(tl.load(weight + at * 4 + slot[None, :], mask=real[:, None], other=0), BLOCK)
+    s0, s1, s2, s3 = _score(w0, FLOAT), _score(w1, FLOAT), _score(w2, FLOAT), _score(w3, FLOAT)
     if SCALED:
-        score *= tl.load(col_scale + group[:, None] * 4 + slot[None, :], mask=real[:, None], other=0.0)
-    is_nan = score != score
-    if tl.max(tl.max(is_nan.to(tl.int32), axis=1), axis=0) != 0:
+        scale = tl.load(col_scale + group[:, None] * 4 + slot[None, :], mask=real[:, None], other=0.0)
+        c0, c1, c2, c3 = _four(scale, BLOCK)
+        s0, s1, s2, s3 = s0 * c0, s1 * c1, s2 * c2, s3 * c3
+    is_nan = (s0 != s0) | (s1 != s1) | (s2 != s2) | (s3 != s3)
+    if tl.max((is_nan & real).to(tl.int32), axis=0) != 0:
         tl.store(nan, 1)
-    # Rank by counting who goes before: a higher score, or an equal one further left. NaN never gets here unreported.
-    mine, other = score[:, :, None], score[:, None, :]
-    left = slot[None, None, :] < slot[None, :, None]
-    before = tl.sum(((other > mine) | ((other == mine) & left)).to(tl.int32), axis=2)
-    kept = before < 2
-    first = tl.min(tl.where(kept, slot[None, :], 4), axis=1)
-    second = tl.max(tl.where(kept, slot[None, :], -1), axis=1)
-    v0 = tl.sum(tl.where(slot[None, :] == first[:, None], bits, 0), axis=1).to(bits.dtype)
-    v1 = tl.sum(tl.where(slot[None, :] == second[:, None], bits, 0), axis=1).to(bits.dtype)
-    pair = tl.arange(0, 2)
-    both = tl.where(pair[None, :] == 0, v0[:, None], v1[:, None])
-    tl.store(values + at * 2 + pair[None, :], both, mask=real[:, None])
-    nibble = tl.where(real, first | second << 2, 4).to(tl.int32)
-    byte = tl.sum(tl.reshape(nibble, (BLOCK // 2, 2)) << (4 * pair[None, :]), axis=1)
+    # kept if fewer than two go before: higher scores, and equal ones further left
+    a, b, c = (s1 > s0).to(tl.int32), (s2 > s0).to(tl.int32), (s3 > s0).to(tl.int32)
+    d, e, f = (s2 > s1).to(tl.int32), (s3 > s1).to(tl.int32), (s3 > s2).to(tl.int32)
+    keep0, keep1 = a + b + c < 2, 1 - a + d + e < 2
+    keep2, keep3 = 2 - b - d + f < 2, 3 - c - e - f < 2
+    first = tl.where(keep0, 0, tl.where(keep1, 1, 2))
+    second = tl.where(keep3, 3, tl.where(keep2, 2, 1))
+    pair = tl.join(tl.where(keep0, w0, tl.where(keep1, w1, w2)), tl.where(keep3, w3, tl.where(keep2, w2, w1)))
+    tl.store(values + at * 2 + tl.arange(0, 2)[None, :], pair, mask=real[:, None])
+    nibble = tl.where(real, first | second << 2, 4)
+    low, high = tl.split(tl.reshape(nibble, (BLOCK // 2, 2)))
     index = tl.program_id(0) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-    tl.store(meta + index, byte.to(tl.uint8), mask=index < units // 2)
+    tl.store(meta + index, (low | high << 4).to(tl.uint8), mask=index < units // 2)
 
 
 FLOATS = {"f32": tl.float32, "bf16": tl.bfloat16, "f16": tl.float16}

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ def nvcc(source: Path, output: Path, arch: str, *options: str) -> str:
     import pybind11
 
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], ROOT / "csrc"]
-    command = [NVCC, f"-arch=sm_{arch}", "-O3", "-std=c++17", "-DPP_MODULE=_cuda", *(f"-I{d}" for d in includes)]
-    done = subprocess.run([*command, *options, source, "-o", output], capture_output=True, text=True)
+    command = [NVCC, f"-arch=sm_{arch}", "-O3", "-std=c++17", "-DPP_MODULE=_cuda", *options]
+    command += [*(f"-I{d}" for d in includes), source, "-o", output]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed on {source}:\n{done.stderr}")
     return done.stdout + done.stderr
@@ -113,35 +115,75 @@ TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "b
 TRITON_TYPES |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
 
 
-class SimJit:
-    """`SimJit(fn)[grid](...)` for a @triton.jit function `fn`; `arch` and `checks` as for SimModule."""
+def specialise(fn, args, constants):
+    """As @triton.jit does for a call: (signature, constants, attributes, the arguments that stay arguments).
 
-    def __init__(self, fn, arch="80", **checks):
-        self.fn, self.arch, self.stats = fn, arch, []
-        self.checks = {"races": True, "uninit": True, **checks}
+    A 1 or None becomes a constant, and a pointer or integer that 16 divides is marked so.
+    """
+    signature, attributes, kept, constants = {}, {}, [], dict(constants)
+    fixed = {fn.arg_names[i] if isinstance(i, int) else i for i in fn.do_not_specialize}
+    for index, (name, arg) in enumerate(zip(fn.arg_names, args, strict=False)):
+        if arg is None or (isinstance(arg, int) and arg == 1 and name not in fixed):
+            constants[name] = arg
+            continue
+        pointer = isinstance(arg, torch.Tensor)
+        signature[name] = f"*{TRITON_TYPES[arg.dtype]}" if pointer else "i32"
+        if (arg.data_ptr() if pointer else arg) % 16 == 0 and name not in fixed:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        kept.append(arg)
+    signature = {name: signature.get(name, "constexpr") for name in fn.arg_names}
+    return signature, constants, attributes, kept
+
+
+class SimJit:
+    """`SimJit(fn)[grid](...)` for a @triton.jit function `fn`; `checks` as for SimModule."""
+
+    def __init__(self, fn, **checks):
+        self.fn, self.stats, self.checks = fn, [], {"races": True, "uninit": True, **checks}
 
     def __getitem__(self, grid):
         return functools.partial(self.run, grid)
 
-    def compile(self, *args, num_warps=4, num_stages=3, **constants):
-        """The kernel for these arguments and the ones that stay arguments; ones and nulls become constants."""
-        signature, attributes, kept = {}, {}, []
-        fixed = {self.fn.arg_names[i] for i in self.fn.do_not_specialize if isinstance(i, int)}
-        fixed |= {name for name in self.fn.do_not_specialize if isinstance(name, str)}
-        for index, (name, arg) in enumerate(zip(self.fn.arg_names, args, strict=False)):
-            if arg is None or (isinstance(arg, int) and arg == 1 and name not in fixed):
-                constants[name] = arg
-                signature[name] = "constexpr"
-                continue
-            pointer = isinstance(arg, torch.Tensor)
-            signature[name] = f"*{TRITON_TYPES[arg.dtype]}" if pointer else "i32"
-            if (arg.data_ptr() if pointer else arg) % 16 == 0 and name not in fixed:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            kept.append(arg)
-        signature |= {name: "constexpr" for name in self.fn.arg_names if name not in signature}
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        return compile_triton(self.fn, signature, constants, self.arch, attrs=attributes, **options), kept
-
-    def run(self, grid, *args, **options):
-        kernel, kept = self.compile(*args, **options)
+    def run(self, grid, *args, num_warps=4, num_stages=3, **constants):
+        signature, constants, attributes, kept = specialise(self.fn, args, constants)
+        options = {"attrs": attributes, "num_warps": num_warps, "num_stages": num_stages}
+        kernel = compile_triton(self.fn, signature, constants, 80, **options)
         self.stats.append(kernel.launch(grid, kept, **self.checks))
+
+
+@contextmanager
+def recorded(kernels):
+    """The launches that a module of kernels/ would do in this block, as a list of (function, arguments, options)."""
+    import triton
+
+    calls = []
+    found = {name: value for name, value in vars(kernels).items() if isinstance(value, triton.JITFunction)}
+    try:
+        for name, fn in found.items():
+            setattr(kernels, name, Recorder(fn, calls))
+        yield calls
+    finally:
+        for name, fn in found.items():
+            setattr(kernels, name, fn)
+
+
+class Recorder:
+    def __init__(self, fn, calls):
+        self.fn, self.calls = fn, calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.calls.append((self.fn, args, options))
+
+
+def triton_compile(fn, args, options, target: str):
+    """Triton's compiled kernel for a recorded launch; target '80' .. '120' or an AMD name such as 'gfx942'."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {name: value for name, value in options.items() if name in fn.arg_names}
+    options = {name: value for name, value in options.items() if name not in fn.arg_names}
+    signature, constants, attributes, _ = specialise(fn, args, constants)
+    device = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target), 32)
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=device, options=options)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import gpusim
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ from persona_pruner.ops import _native, linear24, pack_linear24, quantize24, sel
 from persona_pruner.ops.linear24 import Packed24, quantize_tokens
 
 op = importlib.import_module("persona_pruner.ops.linear24")
-gpusim = pytest.importorskip("gpusim", reason="tests/conftest.py puts it on the path")
+
 
 INTERPRETING = _native.interpreting()
 needs_nvcc = pytest.mark.skipif(gpusim.NVCC is None or INTERPRETING, reason="nvcc is not installed")
@@ -40,7 +41,7 @@ DECODE = [
     (F16, 9, 128, 4096, 64, LARGE),  # 3 splits, two row blocks
     (F16, 17, 61, 332, 1, LARGE),  # K % 8 == 4: x is copied
     (BF16, 32, 64, 1000, 1, LARGE),
-    (F16, 19, 66, 8192, 64, LARGE),  # splits of the widest decode kernel
+    (F16, 19, 61, 12288, 64, LARGE),  # splits of the widest decode kernel
     (I8, 1, 61, 136, 8, LARGE),
     (I8, 8, 130, 2064, 1, LARGE),
     (I8, 5, 64, 8192, 64, LARGE),
@@ -52,14 +53,14 @@ PREFILL = [
     *((F16, 33 + steps, 70, 64 * steps, 1, LARGE) for steps in range(1, 8)),
     *((I8, 64, 64, 128 * steps, 1, LARGE) for steps in (1, 2, 3, 4)),
     (BF16, 64, 61, 200, 1, LARGE),
-    (F16, 40, 65, 3072, 99, LARGE),  # split
-    (I8, 33, 64, 6144, 99, LARGE),  # split of integers
-    *((BF16, 65 + steps, 200, 64 * steps, 99, LARGE) for steps in range(1, 5)),
+    (F16, 40, 65, 1400, 99, LARGE),  # split
+    (I8, 33, 64, 2304, 99, LARGE),  # split of integers
+    *((BF16, 65 + steps, 72, 64 * steps, 99, LARGE) for steps in range(1, 5)),
     (F16, 130, 61, 332, 99, LARGE),
     (I8, 70, 136, 384, 99, LARGE),
-    *((F16, 65 + steps, 300, 64 * steps, 1, LARGE) for steps in range(1, 5)),
-    (BF16, 129, 264, 136, 1, LARGE),
-    (I8, 66, 260, 260, 1, LARGE),
+    *((F16, 65 + steps, 130, 64 * steps, 1, LARGE) for steps in range(1, 5)),
+    (BF16, 129, 200, 136, 1, LARGE),
+    (I8, 66, 66, 260, 1, LARGE),
     (F16, 70, 300, 72, 1, SMALL),  # the wide tile does not fit such a device
 ]
 KERNELS = ["decode_{}_1", "decode_{}_2", "decode_{}_4", "prefill_{}_64x64", "prefill_{}_128x128", "prefill_{}_128x256"]
@@ -78,8 +79,8 @@ def random_case(weight_dtype, m, n, k, x_dtype=None, seed=0):
     return x, pack_linear24(values, meta, scales), bias
 
 
-def assert_close(y, x, weight, bias):
-    """Half a unit in the last place of the exact result, plus the error of float32 sums: 2^-20 of their absolute sum."""
+def assert_close(y, x, weight, bias, ulps=0.5):
+    """`ulps` units in the last place of the exact result, and for float32 sums 2^-20 of the sum of absolute terms."""
     dense, sum_error = unpack24(weight.values, weight.meta).double(), 2.0**-20
     left = x.double()
     if weight.scales is not None:
@@ -89,7 +90,7 @@ def assert_close(y, x, weight, bias):
     exact, size = left @ dense.T, left.abs() @ dense.abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
-    bound = torch.finfo(y.dtype).eps / 2 * 1.01 * exact.abs() + sum_error * size + torch.finfo(y.dtype).tiny
+    bound = torch.finfo(y.dtype).eps * ulps * 1.01 * exact.abs() + sum_error * size + torch.finfo(y.dtype).tiny
     worst = ((y.double() - exact).abs() / bound).max().item()
     assert y.shape == exact.shape and worst <= 1, f"error is {worst:.3g} times the bound"
 
@@ -177,7 +178,7 @@ def test_cuda_int8_writes_any_type(m, n, x_dtype):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("case", [(F16, 6, 64, 4096), (I8, 5, 64, 8192), (BF16, 40, 65, 3072)], ids=label)
+@pytest.mark.parametrize("case", [(F16, 6, 64, 4096), (I8, 5, 61, 4096), (BF16, 40, 64, 1400)], ids=label)
 def test_cuda_splits_give_the_same_bits_in_any_order(case):
     x, weight, bias = random_case(*case)
     host._COUNTERS.clear()
@@ -248,7 +249,7 @@ def test_cuda_larger_grid(dtype, m):
 
 # ---- Triton kernels: their PTX in the simulator, and the interpreter
 
-TRITON = [(F16, 3, 70, 260), (BF16, 33, 64, 520), (F32, 5, 61, 100), (I8, 17, 70, 516), (F16, 1, 64, 1024)]
+TRITON = [(F16, 3, 70, 260), (BF16, 33, 64, 136), (F32, 5, 61, 100), (I8, 17, 70, 516), (F16, 1, 64, 1024)]
 
 
 @needs_triton
@@ -268,10 +269,11 @@ def test_triton_ptx(case, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETING, reason="test_triton_in_the_interpreter runs this with TRITON_INTERPRET=1")
 @pytest.mark.parametrize("dtype", [F32, F16, BF16, I8])
-@pytest.mark.parametrize("m, n, k", [(1, 61, 136), (3, 130, 1028), (17, 64, 516), (70, 65, 64), (8, 1, 4)])
+@pytest.mark.parametrize("m, n, k", [(1, 61, 136), (3, 70, 1028), (70, 65, 64), (8, 1, 4)])
 def test_interpreted(dtype, m, n, k):
     x, weight, bias = random_case(dtype, m, n, k)
-    assert_close(linear24(x, weight, bias=bias, backend="triton"), x, weight, bias)
+    ulps = 1 if dtype == BF16 else 0.5  # the interpreter truncates to bfloat16
+    assert_close(linear24(x, weight, bias=bias, backend="triton"), x, weight, bias, ulps)
     if dtype != I8 and k > 100:
         x[0, 5], x[-1, 66] = float("nan"), float("inf")
         assert_special(linear24(x, weight, backend="triton"), x, weight)

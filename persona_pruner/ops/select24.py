@@ -126,8 +126,8 @@ def launch(module, weight, kind, col_scale, values, meta, nan, device, stream) -
     if col_scale is not None and col_scale.data_ptr() % 16:
         col_scale = col_scale.clone()
     pairs = cols % 8 == 0 and weight.element_size() == 2 and weight.data_ptr() % 16 == 0
-    bytes_of_meta = meta.numel()
-    blocks = -(-bytes_of_meta * (1 if pairs else 2) // 256)
+    threads = -(-rows // 8) * meta.shape[1] * (1 if pairs else 2)  # a thread takes eight rows
+    blocks = -(-threads // 256)
     kernel = module.select24_kernels()[f"{kind}_{2 if pairs else 1}"]
     scale = 0 if col_scale is None else col_scale.data_ptr()
     pointers = weight.data_ptr(), scale, values.data_ptr(), meta.data_ptr(), nan.data_ptr()

@@ -383,8 +383,13 @@ def _mma(ins):
             if not 0 <= sel < nsel:
                 raise C.error("ub", f"sparsity selector {sel} out of range 0..{nsel - 1}", ins, int(ws[0]) * 32)
             meta = w32(C, gmeta(C))[ws]
-            A = decompress(C, ins, A, meta_nibbles(aty, bits, nnib, sel, meta), aty, ordered, ws)
-        D = np.matmul(A, B) + fragC(C, W, wl)
+            nibbles = meta_nibbles(aty, bits, nnib, sel, meta)
+            kept = None if np.isfinite(B).all() else decompress(C, ins, np.ones_like(A), nibbles, aty, ordered, ws)
+            A = decompress(C, ins, A, nibbles, aty, ordered, ws)
+        if sparse and kept is not None:                  # rows of B that A does not name are not multiplied
+            D = np.where(kept[..., None] != 0, A[..., None] * B[:, None], 0.0).sum(2) + fragC(C, W, wl)
+        else:
+            D = np.matmul(A, B) + fragC(C, W, wl)
         if dty == "s32":
             if satf:
                 D = np.clip(D, -2.0**31, 2.0**31 - 1)
