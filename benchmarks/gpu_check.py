@@ -33,7 +33,7 @@ CUDA_TARGETS = ("80", "86", "89", "90", "100", "120")
 TRITON_TARGETS = ("80", "90", "100", "gfx942")
 COUNTED = {
     "sparse mma": r"[HIQ]MMA\.SP\.",
-    "mma": r"(?:[HIQ]MMA|HGMMA|UTC\w*MMA)\.(?!SP)",
+    "mma": r"\b(?:[HIQ]G?MMA(?!\.SP)|UTC\w*MMA)\b",
     "LDGSTS": r"\bLDGSTS\.",
     "LDSM": r"\bLDSM\.",
     "LDG.128": r"\bLDG\.\S*128",
@@ -129,14 +129,19 @@ def triton_inspect(compiled) -> dict:
 # ---- traffic
 
 
-def traffic_row(label, kernel, traffic, least_bytes, arguments) -> dict:
-    """`arguments`: column -> (index of the kernel's argument, 'load' or 'store')."""
-    row = {"case": label, "kernel": kernel, "bytes / least": traffic.total.unique / least_bytes}
-    for column, (index, kind) in arguments.items():
-        row[column] = getattr(traffic.arg(index), kind).efficiency
-    row["bank conflicts"] = max((s.conflicts for s in traffic.shared.values()), default=1.0)
-    row["L2 to SM / least"] = (traffic.total.read_bytes + traffic.total.write_bytes) / least_bytes
-    return row
+def traffic_row(case, kernel, traffic, least) -> dict:
+    """DRAM bytes (distinct sectors of 32 bytes) and bytes that reach the SMs, over the `least` an ideal kernel moves;
+    32-byte sectors needed over those touched; shared-memory wavefronts over the fewest."""
+    total = traffic.total
+    return {
+        "case": case,
+        "kernel": kernel,
+        "DRAM / least": total.unique / least,
+        "L2 to SM / least": (total.read_bytes + total.write_bytes) / least,
+        "reads coalesced": total.load.efficiency,
+        "writes coalesced": total.store.efficiency,
+        "bank conflicts": max((s.conflicts for s in traffic.shared.values()), default=1.0),
+    }
 
 
 def linear24_case(dtype, m, n, k, sms, max_shared=163 * 1024):
@@ -157,7 +162,7 @@ def linear24_case(dtype, m, n, k, sms, max_shared=163 * 1024):
     least = n * k // 2 * size + n * k // 8 + m * k * size + m * n * 2 + (0 if scales is None else 4 * (n + m))
     splits = _linear24_cuda.plan(m, n, k * size, _linear24_cuda.TAG[dtype], sms, max_shared).splits
     label = f"{_linear24_cuda.TAG[dtype]} M {m} N {n} K {k}" + (f" splits {splits}" if splits > 1 else "")
-    return traffic_row(label, kernel, stats.traffic, least, {"W": (0, "load"), "x": (1, "load"), "y": (2, "store")})
+    return traffic_row(label, kernel, stats.traffic, least)
 
 
 def linear24_simulated(short):
@@ -172,12 +177,12 @@ def linear24_simulated(short):
 
 def linear24_triton(kernels):
     n, k = 256, 1024
-    pairs = {torch.float16: torch.int32, torch.bfloat16: torch.int32, torch.float32: torch.int64, torch.int8: torch.int16}
-    for dtype, pair in pairs.items():
-        whole = dtype == torch.int8
+    pairs = {1: torch.int16, 2: torch.int32, 4: torch.int64}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
+        whole, pair = dtype == torch.int8, pairs[dtype.itemsize]
         scales = torch.empty(n) if whole else None
         values, meta = torch.empty(n, k // 4, dtype=pair), torch.empty(n, k // 32, dtype=torch.int32)
-        for m, splits in ((16, 1), (64, 2)):
+        for m, splits in ((16, 1), (32, 1), (64, 2)):
             y = torch.empty(m, n, dtype=torch.float16 if whole else dtype)
             partial = torch.empty(splits, m, n, dtype=torch.int32 if whole else torch.float32) if splits > 1 else None
             x = torch.empty(m, k, dtype=dtype)
@@ -196,7 +201,7 @@ def select24_triton(kernels):
 def select24_simulated(short):
     rows = []
     for dtype in (torch.bfloat16,) if short else (torch.float32, torch.float16, torch.bfloat16):
-        n, k = 8, 2048
+        n, k = 32, 2048
         weight, scale = torch.randn(n, k).to(dtype), torch.rand(k)
         values, meta = weight.new_empty(n, k // 2), torch.empty(n, k // 8, dtype=torch.uint8)
         module = gpusim.SimModule(races=False, uninit=False, traffic=True)
@@ -204,8 +209,7 @@ def select24_simulated(short):
         SELECT24.launch(module, weight, SELECT24.NATIVE[dtype], scale, values, meta, nan, 0, 0)
         kernel, stats = module.stats[0]
         least = sum(t.nbytes for t in (weight, scale, values, meta))
-        accesses = {"W": (0, "load"), "x": (1, "load"), "y": (2, "store")}
-        rows.append(traffic_row(f"{str(dtype)[6:]} N {n} K {k}", kernel, stats.traffic, least, accesses))
+        rows.append(traffic_row(f"{str(dtype)[6:]} N {n} K {k}", kernel, stats.traffic, least))
     return rows
 
 
@@ -239,7 +243,7 @@ def problems(code, traffic) -> list[str]:
     for row in traffic:
         if row["bank conflicts"] > 1.001:
             found.append(f"{row['kernel']}, {row['case']}: bank conflicts, {row['bank conflicts']:.2f}")
-        if "decode" in row["kernel"] and row["bytes / least"] > DECODE_LIMIT:
+        if "decode" in row["kernel"] and row["DRAM / least"] > DECODE_LIMIT:
             found.append(f"{row['kernel']}, {row['case']}: {row['bytes / least']:.3f} times the least bytes")
     return found
 

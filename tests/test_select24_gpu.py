@@ -47,7 +47,7 @@ def assert_same(got, weight, scale):
 
 
 def simulate(weight, scale, **checks):
-    """The CUDA backend on a simulated device, outputs poisoned; returns (values, meta), the NaN flag, (kernel, stats)."""
+    """The CUDA backend simulated, outputs poisoned; returns (values, meta), the NaN flag, (kernel, stats)."""
     rows, cols = weight.shape
     values = torch.full((rows, cols // 2), float("nan"), dtype=weight.dtype)
     meta, nan = torch.full((rows, (cols + 7) // 8), 0xEE, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
