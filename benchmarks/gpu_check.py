@@ -182,7 +182,7 @@ def linear24_triton(kernels):
         whole, pair = dtype == torch.int8, pairs[dtype.itemsize]
         scales = torch.empty(n) if whole else None
         values, meta = torch.empty(n, k // 4, dtype=pair), torch.empty(n, k // 32, dtype=torch.int32)
-        for m, splits in ((16, 1), (32, 1), (64, 2)):
+        for m, splits in ((16, 1), (64, 2)):
             y = torch.empty(m, n, dtype=torch.float16 if whole else dtype)
             partial = torch.empty(splits, m, n, dtype=torch.int32 if whole else torch.float32) if splits > 1 else None
             x = torch.empty(m, k, dtype=dtype)
@@ -244,7 +244,7 @@ def problems(code, traffic) -> list[str]:
         if row["bank conflicts"] > 1.001:
             found.append(f"{row['kernel']}, {row['case']}: bank conflicts, {row['bank conflicts']:.2f}")
         if "decode" in row["kernel"] and row["DRAM / least"] > DECODE_LIMIT:
-            found.append(f"{row['kernel']}, {row['case']}: {row['bytes / least']:.3f} times the least bytes")
+            found.append(f"{row['kernel']}, {row['case']}: {row['DRAM / least']:.3f} times the least bytes")
     return found
 
 

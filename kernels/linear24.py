@@ -9,10 +9,10 @@ loads.
 import triton
 import triton.language as tl
 
-# Tiles by bytes of a value, as (rows, columns, most tokens, warps for 16 tokens, warps for more): the largest that spill
-# no registers on sm_80 to sm_100 and gfx942; a lane then loads values in runs of 16 bytes. float32 has no tensor core
-# that keeps its precision, and its loop unrolls.
-TILES = {1: (64, 128, 64, 4, 4), 2: (64, 128, 64, 4, 8), 4: (32, 32, 16, 8, 8)}
+# Tiles by bytes of a value: rows, columns, warps of a tile of 16 tokens; tokens and warps of the larger. They spill
+# no registers on sm_80 to sm_100 and gfx942 (32 tokens do), and a lane loads values 16 bytes at a time. float32 has no
+# tensor core that keeps its precision, and its loop unrolls.
+TILES = {1: (64, 128, 4, 64, 4), 2: (64, 128, 4, 64, 8), 4: (32, 32, 8, 16, 8)}
 MIN_TOKENS = 16  # of tl.dot
 STAGES = 3
 
@@ -152,9 +152,8 @@ INTERPRETED = not isinstance(_product, triton.JITFunction)
 
 def tile(tokens: int, element_size: int) -> tuple[int, int, int, int]:
     """Tokens, rows, columns and warps of a program."""
-    rows, columns, most, few, many = TILES[element_size]
-    bm = min(most, max(MIN_TOKENS, triton.next_power_of_2(tokens)))
-    return bm, rows, columns, few if bm == MIN_TOKENS else many
+    rows, columns, warps, more_tokens, more_warps = TILES[element_size]
+    return (MIN_TOKENS, rows, columns, warps) if tokens <= MIN_TOKENS else (more_tokens, rows, columns, more_warps)
 
 
 def splits(tokens: int, rows: int, cols: int, element_size: int, processors: int) -> int:

@@ -28,7 +28,8 @@ def test_each_limit_is_applied():
     check = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = check
     spec.loader.exec_module(check)
-    code = {"op": "linear24", "kernel": "linear24_decode_f16_1", "target": "sm_80", "spills": 0, "sparse mma": 8, "LDG.128": 9}
+    code = {"op": "linear24", "kernel": "linear24_decode_f16_1", "target": "sm_80", "spills": 0}
+    code |= {"sparse mma": 8, "LDG.128": 9}
     traffic = {"kernel": "decode_f16_1", "case": "", "bank conflicts": 1.0, "DRAM / least": 1.0}
     assert not check.problems([code], [traffic])
     for row, change in ((code, {"spills": 1}), (code, {"sparse mma": 0}), (traffic, {"bank conflicts": 1.5}),
