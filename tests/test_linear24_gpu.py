@@ -313,3 +313,12 @@ def test_cuda_backend_says_why_it_cannot_run():
     x, weight, _ = random_case(F16, 1, 8, 8)
     with pytest.raises(InputError, match="'cuda' cannot run here"):
         linear24(x, weight, backend="cuda")
+
+
+@pytest.mark.skipif(isinstance(_native.cuda_module(), str), reason="persona_pruner._cuda is not built")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_launch_without_a_device_is_an_error():
+    module = _native.cuda_module()
+    assert set(module.linear24_kernels()) >= {kernel.format("i8") for kernel in KERNELS}
+    with pytest.raises(RuntimeError, match="linear24: "):
+        module.linear24(0, (1, 1, 1), 256, 0, *[0] * 8, 1, 64, 128, 1, 0, 0)

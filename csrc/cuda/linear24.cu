@@ -73,7 +73,7 @@ PP_OP(linear24) {
          std::uintptr_t stream) {
         void* args[] = {&w, &x, &y, &bias, &row_scale, &token_scale, &partial, &count, &M, &N, &xbytes, &kind};
         const auto [gx, gy, gz] = grid;
-        pp::launch(KERNELS[kernel].function, KERNELS[kernel].name, dim3(gx, gy, gz), threads, shared, args, device, stream);
+        pp::launch(KERNELS[kernel].function, "linear24", dim3(gx, gy, gz), threads, shared, args, device, stream);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
@@ -81,7 +81,7 @@ PP_OP(linear24) {
       [](int kernel, std::uintptr_t x, std::uintptr_t q, std::uintptr_t scale, int M, int K, int xbytes, int device,
          std::uintptr_t stream) {
         void* args[] = {&x, &q, &scale, &K, &xbytes};
-        pp::launch(KERNELS[kernel].function, KERNELS[kernel].name, dim3(M), 256, 0, args, device, stream);
+        pp::launch(KERNELS[kernel].function, "linear24", dim3(M), 256, 0, args, device, stream);
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -43,7 +43,7 @@ PP_OP(select24) {
       [](int kernel, int blocks, std::uintptr_t w, std::uintptr_t col_scale, std::uintptr_t values, std::uintptr_t meta,
          std::uintptr_t nan, int N, int K, int device, std::uintptr_t stream) {
         void* args[] = {&w, &col_scale, &values, &meta, &nan, &N, &K};
-        pp::launch(KERNELS[kernel].function, KERNELS[kernel].name, dim3(blocks), THREADS, 0, args, device, stream);
+        pp::launch(KERNELS[kernel].function, "select24", dim3(blocks), THREADS, 0, args, device, stream);
       },
       py::call_guard<py::gil_scoped_release>());
 }
