@@ -22,6 +22,7 @@ ISAS = {"baseline": []}
 if X86:
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = AVX512.split()
+    ISAS["amx"] = [*ISAS["avx512"], "-mavx512vbmi2", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 HEADERS = glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cuda/*.cuh")
 CUDA_ARCHS = os.environ.get("PERSONA_PRUNER_CUDA_ARCHS", "80 86 89 90 100 120").split()
 NVCC = shutil.which("nvcc") if os.environ.get("PERSONA_PRUNER_CUDA", "1") != "0" else None

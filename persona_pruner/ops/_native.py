@@ -10,8 +10,10 @@ import torch  # noqa: F401  loaded first, so that the modules bind to torch's li
 from persona_pruner.errors import InputError
 
 # Instruction sets from best to least, with the processor flags (names of /proc/cpuinfo) that each build uses.
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni", "fma", "f16c"}
 ISAS = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni", "fma", "f16c"},
+    "amx": AVX512 | {"avx512_vbmi2", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
+    "avx512": AVX512,
     "avx2": {"avx2", "fma", "f16c"},
     "baseline": set(),
 }

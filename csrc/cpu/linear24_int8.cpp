@@ -1,0 +1,303 @@
+// linear24 for int8 weights: tokens are quantized to int8 as the formula in ops/linear24.py says, sums are exact integers,
+// so every instruction set gives the same result.
+//
+// Two rows share a vector: unpacking them by 8 bytes puts the weights of four groups of row 0 and of the same four groups
+// of row 1 into one 128-bit lane, whose factors all lie in 16 bytes of x. One byte shuffle and one multiply-add a token
+// then serve 64 weights (AVX-512 VNNI).
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+
+#include "kernel.h"
+#include "linear24.h"
+#include "rows.h"
+#include "vec24.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using namespace pp;
+
+#if defined(__AVX512F__)
+constexpr int kWeights = 64;  // kept weights of a row in one vector
+#elif defined(__AVX2__)
+constexpr int kWeights = 32;
+#else
+constexpr int kWeights = 16;
+#endif
+constexpr int kSpan = 2 * kWeights;  // columns
+constexpr int kTokens = 8;
+constexpr int64_t kRowBlock = 32;
+
+struct Tokens {
+  std::unique_ptr<int8_t[]> q;  // [tokens, stride], zeros behind the last column
+  std::unique_ptr<float[]> sx;
+  int64_t stride;
+};
+
+typedef int8_t VecB __attribute__((vector_size(kLanes)));
+
+// To the nearest integer, ties to even. Not by adding and taking off 1.5 * 2^23: the compiler would fuse the product
+// before it into that addition, and instruction sets with and without FMA would quantize differently.
+inline VecI rounded(VecF v) {
+#if defined(__AVX512F__)
+  return (VecI)_mm512_cvtps_epi32((__m512)v);
+#elif defined(__AVX2__)
+  return (VecI)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__SSE2__)
+  return (VecI)_mm_cvtps_epi32((__m128)v);
+#else
+  VecI whole;
+  for (int i = 0; i < kLanes; ++i) whole[i] = static_cast<int32_t>(std::nearbyint(v[i]));
+  return whole;
+#endif
+}
+
+// q = round(x * 127 / peak), sx = peak / 127. A token with an Inf or NaN gets sx = NaN; one whose peak is below
+// 1e-36 (127 / peak would not be finite) counts as zero.
+template <class T>
+void quantize(const T* x, int64_t cols, int8_t* q, float* sx) {
+  VecU peak{};
+  const auto at = [&](int64_t c) { return c + kLanes <= cols ? load(x + c) : load(x + c, static_cast<int>(cols - c)); };
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const VecU bits = (VecU)at(c) & 0x7fffffffu;  // ordered as integers, NaN above Inf above all numbers
+    peak = bits > peak ? bits : peak;
+  }
+  uint32_t top = 0;
+  for (int i = 0; i < kLanes; ++i) top = std::max<uint32_t>(top, peak[i]);
+  float max;
+  std::memcpy(&max, &top, sizeof max);
+  const bool finite = top < 0x7f800000u, zero = max < 1e-36f;
+  *sx = !finite ? NAN : zero ? 0 : max / 127;
+  const VecF inverse = splat(!finite || zero ? 0 : 127 / max);
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const VecB whole = __builtin_convertvector(finite ? rounded(at(c) * inverse) : VecI{}, VecB);
+    std::memcpy(q + c, &whole, std::min<int64_t>(kLanes, cols - c));
+  }
+}
+
+inline uint64_t load_bytes(const uint8_t* p, int64_t bytes) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, p, bytes);
+  return bits;
+}
+
+#if defined(__AVX512F__)
+
+// Shuffles see 16 bytes of x at a time: pieces 0 2 4 6 go with the low unpack of two rows, 1 3 5 7 with the high one;
+// bytes become q + 128, since the multiply-add takes unsigned times signed. sum(w) * 128 is taken off at the end.
+void prepare(int8_t* q, int64_t stride) {
+  for (int64_t c = 0; c < stride; c += 128) {
+    int8_t from[128];
+    std::memcpy(from, q + c, 128);
+    for (int piece = 0; piece < 8; ++piece) {
+      for (int i = 0; i < 16; ++i) q[c + piece % 2 * 64 + piece / 2 * 16 + i] = static_cast<int8_t>(from[16 * piece + i] ^ -128);
+    }
+  }
+}
+
+template <int M>
+void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, const int8_t* x, int64_t stride,
+          int64_t ahead, int32_t (*out)[M]) {
+  const __m512i field_low = _mm512_set1_epi64(0x0e0c0a0806040200), field_high = _mm512_set1_epi64(0x1e1c1a1816141210);
+  const __m512i base = _mm512_set1_epi64(0x0c0c080804040000), three = _mm512_set1_epi8(3);
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sum[M], weight_sum = _mm512_setzero_si512();
+  for (auto& s : sum) s = _mm512_setzero_si512();
+  for (int64_t i = 0; i < half; i += 64) {
+    const int64_t n = std::min<int64_t>(64, half - i);
+    const __mmask64 valid = n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
+    const __mmask16 valid_meta = static_cast<__mmask16>((1u << (n + 3) / 4) - 1);
+    const __m512i a = _mm512_maskz_loadu_epi8(valid, w[0] + i), b = _mm512_maskz_loadu_epi8(valid, w[1] + i);
+    const __m128i ma = _mm_maskz_loadu_epi8(valid_meta, meta[0] + i / 4);
+    const __m128i mb = _mm_maskz_loadu_epi8(valid_meta, meta[1] + i / 4);
+    _mm_prefetch(w[0] + i + ahead, _MM_HINT_T0);
+    _mm_prefetch(w[1] + i + ahead, _MM_HINT_T0);
+    const __m256i dwords = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi32(ma, mb)),
+                                                   _mm_unpackhi_epi32(ma, mb), 1);
+    const __m512i bits = _mm512_cvtepu32_epi64(dwords);
+    const __m512i index_low =
+        _mm512_ternarylogic_epi64(_mm512_multishift_epi64_epi8(field_low, bits), three, base, 0xea);
+    const __m512i index_high =
+        _mm512_ternarylogic_epi64(_mm512_multishift_epi64_epi8(field_high, bits), three, base, 0xea);
+    const __m512i low = _mm512_unpacklo_epi64(a, b), high = _mm512_unpackhi_epi64(a, b);
+    weight_sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(weight_sum, ones, low), ones, high);
+    for (int m = 0; m < M; ++m) {
+      const int8_t* p = x + m * stride + 2 * i;
+      sum[m] = _mm512_dpbusd_epi32(sum[m], _mm512_shuffle_epi8(_mm512_loadu_si512(p), index_low), low);
+      sum[m] = _mm512_dpbusd_epi32(sum[m], _mm512_shuffle_epi8(_mm512_loadu_si512(p + 64), index_high), high);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    const __m512i s = _mm512_sub_epi32(sum[m], _mm512_slli_epi32(weight_sum, 7));
+    out[0][m] = _mm512_mask_reduce_add_epi32(0x3333, s);
+    out[1][m] = _mm512_mask_reduce_add_epi32(0xcccc, s);
+  }
+}
+
+#elif defined(__AVX2__)
+
+void prepare(int8_t* q, int64_t stride) {  // pieces of 16 bytes: 0 2 1 3
+  for (int64_t c = 0; c < stride; c += 64) std::swap_ranges(q + c + 16, q + c + 32, q + c + 32);
+}
+
+// A byte of metadata becomes four index bytes: nibbles first, then pairs of bits, then the group's place in the lane.
+inline __m256i indices(__m256i bytes) {
+  const __m256i nibble = _mm256_or_si256(_mm256_and_si256(bytes, _mm256_set1_epi32(0x00000f0f)),
+                                         _mm256_and_si256(_mm256_srli_epi32(bytes, 4), _mm256_set1_epi32(0x0f0f0000)));
+  const __m256i even = _mm256_and_si256(nibble, _mm256_set1_epi16(0x0003));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(nibble, 2), _mm256_set1_epi16(0x0300));
+  return _mm256_or_si256(_mm256_or_si256(even, odd), _mm256_set1_epi64x(0x0c0c080804040000));
+}
+
+template <int M>
+void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, const int8_t* x, int64_t stride,
+          int64_t ahead, int32_t (*out)[M]) {
+  // 8 bytes of metadata a row; a 128-bit lane of the low unpack needs bytes 0 1 (lane 0) and 4 5 (lane 1) of both rows
+  const __m256i spread_low = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 8, 8, 8, 8, 9, 9, 9, 9,  //
+                                              4, 4, 4, 4, 5, 5, 5, 5, 12, 12, 12, 12, 13, 13, 13, 13);
+  const __m256i spread_high = _mm256_add_epi8(spread_low, _mm256_set1_epi8(2));
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i sum[M];
+  for (auto& s : sum) s = _mm256_setzero_si256();
+  for (int64_t i = 0; i < half; i += 32) {
+    const int64_t n = std::min<int64_t>(32, half - i);
+    __m256i a{}, b{};
+    if (n == 32) {
+      a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[0] + i));
+      b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[1] + i));
+    } else {
+      std::memcpy(&a, w[0] + i, n);
+      std::memcpy(&b, w[1] + i, n);
+    }
+    _mm_prefetch(w[0] + i + ahead, _MM_HINT_T0);
+    _mm_prefetch(w[1] + i + ahead, _MM_HINT_T0);
+    const int64_t bytes = (n + 3) / 4;
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_set_epi64x(
+        static_cast<int64_t>(load_bytes(meta[1] + i / 4, bytes)), static_cast<int64_t>(load_bytes(meta[0] + i / 4, bytes))));
+    const __m256i index_low = indices(_mm256_shuffle_epi8(both, spread_low));
+    const __m256i index_high = indices(_mm256_shuffle_epi8(both, spread_high));
+    const __m256i low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
+    const __m256i abs_low = _mm256_abs_epi8(low), abs_high = _mm256_abs_epi8(high);
+    for (int m = 0; m < M; ++m) {
+      const __m256i* p = reinterpret_cast<const __m256i*>(x + m * stride + 2 * i);
+      // abs(w) * (x with the sign of w): two products of at most 128 * 127 fit 16 bits
+      const __m256i x_low = _mm256_sign_epi8(_mm256_shuffle_epi8(_mm256_loadu_si256(p), index_low), low);
+      const __m256i x_high = _mm256_sign_epi8(_mm256_shuffle_epi8(_mm256_loadu_si256(p + 1), index_high), high);
+      sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(_mm256_maddubs_epi16(abs_low, x_low), ones));
+      sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(_mm256_maddubs_epi16(abs_high, x_high), ones));
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    const VecI s = (VecI)sum[m];
+    out[0][m] = s[0] + s[1] + s[4] + s[5];
+    out[1][m] = s[2] + s[3] + s[6] + s[7];
+  }
+}
+
+#else
+
+void prepare(int8_t*, int64_t) {}
+
+template <int M>
+void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, const int8_t* x, int64_t stride,
+          int64_t ahead, int32_t (*out)[M]) {
+  for (int r = 0; r < 2; ++r) {
+    for (int m = 0; m < M; ++m) out[r][m] = 0;
+    for (int64_t i = 0; i < half; ++i) {
+      const int64_t column = 4 * (i / 2) + (meta[r][i / 4] >> 2 * (i % 4) & 3);
+      for (int m = 0; m < M; ++m) out[r][m] += w[r][i] * x[m * stride + column];
+    }
+  }
+}
+
+#endif
+
+template <class T>
+void finish(const Linear24<T>& a, const Tokens& x, int64_t token, int64_t row, int32_t sum) {
+  VecF v{static_cast<float>(sum) * (x.sx[token] * a.scales[row])};
+  if (a.bias) v += load(a.bias + row, 1);
+  store(a.y + token * a.rows + row, v, 1);
+}
+
+template <class T, int M>
+void run_pairs(const Linear24<T>& a, const Tokens& x, int64_t first, int64_t last, int64_t token) {
+  const int64_t half = a.cols / 2;
+  // Prefetch whole pairs of rows, at least 4 KB ahead.
+  const int64_t ahead = 2 * half * std::max<int64_t>(1, 2048 / std::max<int64_t>(half, 1));
+  for (int64_t row = first; row < last; row += 2) {
+    const int64_t other = std::min(row + 1, last - 1);
+    const int8_t* values = static_cast<const int8_t*>(a.values);
+    const int8_t* const w[2] = {values + row * half, values + other * half};
+    const uint8_t* const meta[2] = {a.meta + row * a.meta_stride(), a.meta + other * a.meta_stride()};
+    int32_t sum[2][M];
+    pair<M>(w, meta, half, x.q.get() + token * x.stride, x.stride, ahead, sum);
+    for (int m = 0; m < M; ++m) {
+      finish(a, x, token + m, row, sum[0][m]);
+      if (other != row) finish(a, x, token + m, other, sum[1][m]);
+    }
+  }
+}
+
+template <class T>
+void permute(const Linear24<T>& a, Tokens& x) {
+  for (int64_t t = 0; t < a.tokens; ++t) prepare(x.q.get() + t * x.stride, x.stride);
+  const int64_t bytes = a.rows * a.cols / 2 * std::min<int64_t>(a.tokens, 16);
+  split_rows(a.rows, 2, bytes, a.threads, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block += kRowBlock) {
+      const int64_t end = std::min(last, block + kRowBlock);
+      int64_t t = 0;
+      for (; t + kTokens <= a.tokens; t += kTokens) run_pairs<T, kTokens>(a, x, block, end, t);
+      for (; t + 2 <= a.tokens; t += 2) run_pairs<T, 2>(a, x, block, end, t);
+      for (; t < a.tokens; ++t) run_pairs<T, 1>(a, x, block, end, t);
+    }
+  });
+}
+
+template <class T>
+bool by_tiles(const Linear24<T>& a, const Tokens& x) {
+#if defined(__AMX_INT8__)
+  if (a.tokens < kAmxTokens) return false;
+  std::unique_ptr<int32_t[]> sums(new int32_t[a.tokens * a.rows]);
+  if (!amx_int8({x.q.get(), x.stride, a.values, a.meta, sums.get(), a.tokens, a.rows, a.cols, a.threads})) return false;
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    for (int64_t r = 0; r < a.rows; r += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, a.rows - r));
+      VecI whole{};
+      std::memcpy(&whole, sums.get() + t * a.rows + r, n * sizeof(int32_t));
+      VecF v = __builtin_convertvector(whole, VecF) * (splat(x.sx[t]) * load(a.scales + r, n));
+      if (a.bias) v += load(a.bias + r, n);
+      store(a.y + t * a.rows + r, v, n);
+    }
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
+template <class T>
+void linear24_i8(std::uintptr_t x, std::uintptr_t values, std::uintptr_t meta, std::uintptr_t scales, std::uintptr_t bias,
+                 std::uintptr_t y, int64_t tokens, int64_t rows, int64_t cols, int threads) {
+  const Linear24<T> a{pointer<const T>(x),         pointer<const void>(values), pointer<const uint8_t>(meta),
+                      pointer<const float>(scales), pointer<const T>(bias),      pointer<T>(y),
+                      tokens,                      rows,                        cols,
+                      threads};
+  const int64_t stride = round_up(cols, kSpan);
+  Tokens q{std::unique_ptr<int8_t[]>(new int8_t[tokens * stride]()), std::unique_ptr<float[]>(new float[tokens]), stride};
+  for (int64_t t = 0; t < tokens; ++t) quantize(a.x + t * cols, cols, q.q.get() + t * stride, q.sx.get() + t);
+  if (!by_tiles(a, q)) permute(a, q);
+}
+
+}  // namespace
+
+PP_OP(linear24_int8) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("linear24_i8_f32", &linear24_i8<float>, release);
+  m.def("linear24_i8_bf16", &linear24_i8<BFloat16>, release);
+  m.def("linear24_i8_f16", &linear24_i8<Float16>, release);
+}
