@@ -142,4 +142,4 @@ def test_a_wheel_holds_the_whole_package(tmp_path):
     assert inside - native == expected
     assert f"persona_pruner/_cpu_baseline{suffix}" in native
     if "x86_64" in suffix:
-        assert native == {f"persona_pruner/_cpu_{isa}{suffix}" for isa in ("baseline", "avx2", "avx512")}
+        assert native == {f"persona_pruner/_cpu_{isa}{suffix}" for isa in ("baseline", "avx2", "avx512", "amx")}
