@@ -35,7 +35,7 @@ def cpu_extension(isa, flags):
         ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
         include_dirs=[pybind11.get_include(), "csrc"],
         define_macros=[("PP_MODULE", name)],
-        extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", *flags],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", *flags],
         extra_link_args=["-fopenmp"],
         depends=HEADERS,
     )

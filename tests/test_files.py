@@ -2,23 +2,14 @@
 
 import json
 import os
-import resource
 
 import pytest
 import torch
+from limits import files_up_to
 from safetensors.torch import save_file
 
 from persona_pruner import files
 from persona_pruner.errors import InputError, RunError
-
-
-@pytest.fixture
-def small_disk():
-    """No file may grow past 4 KB: what a write meets on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def old(folder):
@@ -47,7 +38,7 @@ def test_bad_json_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["text", "tensors"])
-def test_full_disk(tmp_path, small_disk, kind):
+def test_full_disk(tmp_path, kind):
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -57,10 +48,10 @@ def test_full_disk(tmp_path, small_disk, kind):
         else:
             save_file({"x": torch.zeros(10_000)}, temporary)
 
-    with pytest.raises(RunError, match=r"could not write .*file: .*File too large"):
+    with pytest.raises(RunError, match=r"could not write .*file: .*File too large"), files_up_to(4096):
         files.write_file(path, write)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-    with pytest.raises(RunError, match=r"could not write .*folder: .*File too large"):
+    with pytest.raises(RunError, match=r"could not write .*folder: .*File too large"), files_up_to(4096):
         files.write_folder(tmp_path / "folder", lambda folder: write(folder / "inside"))
     assert os.listdir(tmp_path) == ["file"]
 
