@@ -76,7 +76,7 @@ def _bias(allowed: Tensor) -> Tensor:
 
 
 class PackLayout:
-    """Rows of a pack [prefix | row 1 | row 2 | ...], one sequence: segment (0 is the prefix) and position, int64 [T]."""
+    """A pack [prefix | row 1 | row 2 | ...] as one sequence: segment (0 is the prefix) and position, int64 [T]."""
 
     def __init__(self, segment: Tensor, position: Tensor):
         self.prefix = int((segment == 0).sum())

@@ -39,7 +39,7 @@ def inputs(m, k, dtype, seed=1):
 
 
 def by_hand(weight, col_scale=None):
-    """Best two of each four by abs(w) * scale, ties to the lower column, as plain Python; a nibble past K is pattern 4."""
+    """Best two of each four by abs(w) * scale, ties to the lower column; a nibble past K is pattern 4."""
     n, k = weight.shape
     values, meta = torch.zeros(n, k // 2, dtype=weight.dtype), torch.zeros(n, (k + 7) // 8, dtype=torch.uint8)
     for row, group in itertools.product(range(n), range(k // 4)):
