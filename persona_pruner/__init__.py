@@ -13,6 +13,9 @@ _PUBLIC = {
     "SculptConfig": "config",
     "load_model": "models",
     "ops": "ops",
+    "resolve_decoder_layers": "compat",
+    "load_topk_indices": "compat",
+    "prune_llama_ffn": "compat",
     "InputError": "errors",
     "RunError": "errors",
 }
