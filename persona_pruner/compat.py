@@ -1,5 +1,5 @@
-"""The three functions of the paper's code release (Persona-Pruner, arXiv 2606.14695), which shares this package's import
-name: its scripts and its files of kept FFN channels (`topk_indices.pt`) work here."""
+"""The three functions of the paper's code release (Persona-Pruner, arXiv 2606.14695), which shares this package's
+import name: its scripts and its files of kept FFN channels (`topk_indices.pt`) work here."""
 
 import re
 from collections.abc import Sequence
