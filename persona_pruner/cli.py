@@ -68,6 +68,9 @@ def sculpt(
     scope: Annotated[
         str, typer.Option(help="layer: equal widths, a checkpoint for any engine; global: best mask.")
     ] = "layer",
+    format_: Annotated[
+        str, typer.Option("--format", help="slim: a plain checkpoint; packed: its linears 2:4 sparse as well.")
+    ] = "slim",
     seed: int = 0,
     repair: Annotated[bool, typer.Option(help="Refit W_down on the kept channels.")] = True,
     compare: Annotated[bool, typer.Option(help="Measure baselines and speed as well.")] = True,
@@ -99,7 +102,7 @@ def sculpt(
 
     _threads(threads)
     settings = {"ratio": ratio, "scope": scope, "seed": seed, "repair": repair, "compare": compare, "answers": answers}
-    settings |= {"questions": tuple(questions or ()), "eval_questions": eval_questions}
+    settings |= {"format": format_, "questions": tuple(questions or ()), "eval_questions": eval_questions}
     for text in set_ or []:
         name, sign, value = text.partition("=")
         if not sign:
@@ -237,6 +240,31 @@ def inspect(
         return _print_json(value)
     for name, entry in value.items():
         console.print(f"{name:12}", entry)
+
+
+@app.command(epilog=_example("persona-pruner pack runs/sparse-llama packed"))
+def pack(
+    checkpoint: Annotated[Path, typer.Argument(help="Dense checkpoint with 2:4 zeros, or a sparse-24-bitmask one.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed checkpoint.")],
+):
+    """Pack a checkpoint that is 2:4 sparse already; nothing is rounded."""
+    from persona_pruner.formats.packed import read_sparse, save_packed
+
+    model, tokenizer = read_sparse(checkpoint)
+    save_packed(model, out, tokenizer)
+    Console().print(f"written to {out}")
+
+
+@app.command(epilog=_example("persona-pruner unpack runs/blacksmith/packed dense"))
+def unpack(
+    checkpoint: Annotated[Path, typer.Argument(help="Packed checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the ordinary checkpoint, dense with zeros.")],
+):
+    """Turn a packed checkpoint into an ordinary one, for any other engine."""
+    from persona_pruner.formats import packed
+
+    packed.unpack(checkpoint, out)
+    Console().print(f"written to {out}")
 
 
 @app.command(epilog=_example("persona-pruner doctor"))

@@ -20,6 +20,7 @@ from persona_pruner import __version__, files, models, report
 from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics, speed
+from persona_pruner.formats.packed import packed_copy, save_packed
 from persona_pruner.formats.persona_file import SUFFIX, PersonaFile
 from persona_pruner.formats.slim import save_slim, slim_copy
 from persona_pruner.nn import ffn_bytes, masked, replaced_down
@@ -279,13 +280,17 @@ def _dialogue(run: _Run, slim: nn.Module, questions: list[str]) -> list[dict]:
     return [{"question": q, "dense": run.text(d), "pruned": run.text(p)} for q, d, p in rows]
 
 
-def _write(run: _Run, folder: Path, result: SculptResult) -> None:
-    """Everything a user takes away. The slim checkpoint only for equal widths; other engines have one width."""
+def _write(run: _Run, folder: Path, result: SculptResult, calibration: list[Example]) -> None:
+    """Everything a user takes away. A checkpoint only for equal widths; other engines have one width."""
     files.write_text(folder / "run.yaml", report.run_yaml(result.metrics["run"]))
     result.persona_file.save(folder / f"persona{SUFFIX}")
     card = report.model_card(result.metrics)
-    if run.config.scope == "layer":
-        save_slim(result.model, run.tokenizer, folder / "slim", lambda to: files.write_text(to / "README.md", card))
+    readme = lambda to: files.write_text(to / "README.md", card)  # noqa: E731
+    if run.config.format == "packed":
+        sparse = packed_copy(result.model, pack(calibration, run.config.budget))
+        save_packed(sparse, folder / "packed", run.tokenizer, extra=readme)
+    elif run.config.scope == "layer":
+        save_slim(result.model, run.tokenizer, folder / "slim", readme)
     files.write_text(folder / "README.md", card)
     files.write_text(folder / "report.html", report.html(result.metrics, result.persona_file))
     files.write_json(folder / "metrics.json", result.metrics)
@@ -335,9 +340,9 @@ def sculpt(
     masks, state = _search(run, calibration, scores, files.digest([root, config.start]))
 
     finished = files.digest([root, config.dump()])
-    if folder and (numbers := work.read("finished", finished)) and (folder / "slim").is_dir():
+    if folder and (numbers := work.read("finished", finished)) and (folder / config.format).is_dir():
         progress.note(f"{folder} is complete for these settings; nothing was computed anew")
-        slim, _ = models.load_model(folder / "slim", model.device, model.dtype)
+        slim, _ = models.load_model(folder / config.format, model.device, model.dtype)
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
     other = "global" if config.scope == "layer" else "layer"
@@ -387,6 +392,6 @@ def sculpt(
     result = SculptResult(file, slim, numbers, folder)
     if folder:
         work.forget("finished")
-        _write(run, folder, result)
+        _write(run, folder, result, calibration)
         work.write("finished", finished, numbers)
     return result
