@@ -18,6 +18,9 @@ _PUBLIC = {
     "sparsify_": "nn.sparse",
     "save_packed": "formats.packed",
     "ops": "ops",
+    "resolve_decoder_layers": "compat",
+    "load_topk_indices": "compat",
+    "prune_llama_ffn": "compat",
     "InputError": "errors",
     "RunError": "errors",
 }

@@ -76,6 +76,10 @@ def check_device(name: str) -> torch.device:
         raise InputError(f"{name!r} is not a torch device") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch sees no CUDA GPU here")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -135,7 +139,7 @@ def load_model(
     """(model, tokenizer) of an alias, a local folder or a hub name, in eval mode with frozen weights.
 
     `hub` takes an alias's full-precision checkpoint from the hub. Raises InputError when it does not exist or is not a
-    causal LM, RunError when the hub cannot be reached.
+    causal LM, RunError when the hub cannot be reached for a name of the form owner/model.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,9 +155,13 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)
+        if unreachable and "/" not in where:  # a misspelt alias or folder, nearly always
+            raise InputError(
+                f"model {name!r} is neither an alias ({SMOLLM2}) nor a folder here, and the hub cannot be reached"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = RunError if isinstance(error.__cause__, LocalEntryNotFoundError) else InputError
-        raise kind(f"model {name!r} cannot be loaded: {reason}") from error
+        raise (RunError if unreachable else InputError)(f"model {name!r} cannot be loaded: {reason}") from error
     except RuntimeError as error:
         raise RunError(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return prepare(model.to(device)), tokenizer
