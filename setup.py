@@ -23,6 +23,7 @@ if X86:
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = AVX512.split()
     ISAS["amx"] = [*ISAS["avx512"], "-mavx512vbmi2", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 gives thousands for its own intrinsics
 HEADERS = glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cuda/*.cuh")
 CUDA_ARCHS = os.environ.get("PERSONA_PRUNER_CUDA_ARCHS", "80 86 89 90 100 120").split()
 NVCC = shutil.which("nvcc") if os.environ.get("PERSONA_PRUNER_CUDA", "1") != "0" else None
@@ -32,10 +33,10 @@ def cpu_extension(isa, flags):
     name = f"_cpu_{isa}"
     return Extension(
         f"persona_pruner.{name}",
-        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-        include_dirs=[pybind11.get_include(), "csrc"],
+        sorted(glob("csrc/cpu/*.cpp")),
+        include_dirs=["csrc"],
         define_macros=[("PP_MODULE", name)],
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", *flags],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS, *flags],
         extra_link_args=["-fopenmp"],
         depends=HEADERS,
     )

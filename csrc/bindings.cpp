@@ -1,4 +1,4 @@
-// The module itself: collects the functions of every op linked into it.
+// The CUDA module itself: collects the functions of every op linked into it.
 #include "kernel.h"
 
 PYBIND11_MODULE(PP_MODULE, m) {

@@ -1,4 +1,4 @@
-// What every native op includes: it registers itself, so a new op is one new source file.
+// What every CUDA op includes: it registers itself, so a new op is one new source file. (CPU ops: cpu/op.h)
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "persona_pruner"
 # Each unit (a module or a folder of the package) imports from lines above its own, or from itself.
 ORDER = [
-    {"errors", "packed_attention", "__version__"},
+    {"errors", "prefix_attention", "__version__"},
     {"files", "config", "persona"},
     {"models", "packing", "progress"},
     {"ops"},

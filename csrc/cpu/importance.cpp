@@ -2,7 +2,7 @@
 //
 // Sums over tokens go in two stages: each block of kBlock tokens into a row of its own, then those
 // rows in order, in float64. Nothing depends on the number of threads.
-#include "kernel.h"
+#include "op.h"
 #include "vec.h"
 
 #include <algorithm>
@@ -229,11 +229,8 @@ void column_sqnorm(Address x, int64_t stride, Address partial, Address acc, int6
 
 }  // namespace
 
-PP_OP(importance) {
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("masked_swiglu_forward", &masked_swiglu_forward, no_gil);
-  m.def("masked_swiglu_backward", &masked_swiglu_backward, no_gil);
-  m.def("column_sqnorm", &column_sqnorm, no_gil);
-}
+PP_OP("masked_swiglu_forward", masked_swiglu_forward);
+PP_OP("masked_swiglu_backward", masked_swiglu_backward);
+PP_OP("column_sqnorm", column_sqnorm);
 
 }  // namespace pp

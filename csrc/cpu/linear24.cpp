@@ -6,10 +6,10 @@
 #include <cmath>
 #include <memory>
 
-#include "kernel.h"
+#include "op.h"
 #include "linear24.h"
 #include "rows.h"
-#include "vec24.h"
+#include "vec.h"
 
 namespace {
 
@@ -270,9 +270,6 @@ void linear24(std::uintptr_t x, std::uintptr_t values, std::uintptr_t meta, std:
 
 }  // namespace
 
-PP_OP(linear24) {
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("linear24_f32", &linear24<float>, release);
-  m.def("linear24_bf16", &linear24<BFloat16>, release);
-  m.def("linear24_f16", &linear24<Float16>, release);
-}
+PP_OP("linear24_f32", linear24<float>);
+PP_OP("linear24_bf16", linear24<BFloat16>);
+PP_OP("linear24_f16", linear24<Float16>);

@@ -15,7 +15,7 @@
 #include <memory>
 
 #include "rows.h"
-#include "vec24.h"
+#include "vec.h"
 
 namespace pp {
 namespace {

@@ -9,10 +9,10 @@
 #include <cstdlib>
 #include <memory>
 
-#include "kernel.h"
+#include "op.h"
 #include "linear24.h"
 #include "rows.h"
-#include "vec24.h"
+#include "vec.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -295,9 +295,6 @@ void linear24_i8(std::uintptr_t x, std::uintptr_t values, std::uintptr_t meta, s
 
 }  // namespace
 
-PP_OP(linear24_int8) {
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("linear24_i8_f32", &linear24_i8<float>, release);
-  m.def("linear24_i8_bf16", &linear24_i8<BFloat16>, release);
-  m.def("linear24_i8_f16", &linear24_i8<Float16>, release);
-}
+PP_OP("linear24_i8_f32", linear24_i8<float>);
+PP_OP("linear24_i8_bf16", linear24_i8<BFloat16>);
+PP_OP("linear24_i8_f16", linear24_i8<Float16>);

@@ -3,9 +3,9 @@
 // float32 (scores, six comparisons, positions), then the kept weights move as raw bits.
 #include <atomic>
 
-#include "kernel.h"
+#include "op.h"
 #include "rows.h"
-#include "vec24.h"
+#include "vec.h"
 
 namespace {
 
@@ -84,9 +84,6 @@ bool select24(std::uintptr_t weight, std::uintptr_t scale, std::uintptr_t values
 
 }  // namespace
 
-PP_OP(select24) {
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("select24_f32", &select24<float>, release);
-  m.def("select24_bf16", &select24<BFloat16>, release);
-  m.def("select24_f16", &select24<Float16>, release);
-}
+PP_OP("select24_f32", select24<float>);
+PP_OP("select24_bf16", select24<BFloat16>);
+PP_OP("select24_f16", select24<Float16>);
