@@ -179,6 +179,10 @@ def test_new_tensors_are_used_at_once():
     layer(x)
     layer.values, layer.meta = other.values, other.meta
     assert torch.allclose(layer(x) - layer.bias, other(x) - other.bias, atol=1e-5)
+    before = layer(x)
+    layer.meta = SparseLinear24.from_linear(linear(seed=2)).meta
+    assert not torch.equal(layer(x), before)
+    layer.meta = other.meta
     layer.bias = nn.Parameter(torch.zeros(10))
     assert torch.allclose(layer(x), other(x) - other.bias, atol=1e-5)
     layer._buffers["values"] = torch.zeros_like(other.values)  # as accelerate's hooks do
@@ -264,9 +268,17 @@ def test_dense_weights_are_freed_and_ties_stay():
     model = tiny_model(tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     gone = [weakref.ref(module.weight) for module in block_linears(model).values()]
-    sparsify_(model)
+    alive = []
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            alive.append(sum(ref() is not None for ref in gone))
+            return super().__getitem__(name)
+
+    sparsify_(model, Watched({name: torch.ones(module.in_features) for name, module in block_linears(model).items()}))
     gc.collect()
     assert not [ref for ref in gone if ref() is not None]
+    assert alive[-1] <= 2  # one by one: never all dense and all packed weights at once
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(InputError, match=r"lm_head\.weight is tied"):
         sparsify_(model, filter_fn=lambda name, linear: name == "lm_head")
