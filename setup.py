@@ -34,9 +34,18 @@ def cpu_extension(isa, flags):
     return Extension(
         f"persona_pruner.{name}",
         sorted(glob("csrc/cpu/*.cpp")),
-        include_dirs=["csrc"],
+        include_dirs=[pybind11.get_include(), "csrc"],
         define_macros=[("PP_MODULE", name)],
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS, *flags],
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-g0",
+            "-fopenmp",
+            "-fvisibility=hidden",
+            "-ffp-contract=fast",
+            *WARNINGS,
+            *flags,
+        ],
         extra_link_args=["-fopenmp"],
         depends=HEADERS,
     )

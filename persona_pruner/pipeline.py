@@ -188,22 +188,24 @@ def _answers(run: _Run, questions: dict, before: str) -> list[list[int]]:
     return found
 
 
-def _scores(run: _Run, calibration: list[Example], before: str) -> list[Tensor]:
-    """Channel scores on the calibration set that the search starts from."""
+def _scores(run: _Run, calibration: list[Example], before: str) -> tuple[list[Tensor], ste.Targets]:
+    """Channel scores on the calibration set that the search starts from, and the dense targets seen on the way."""
     config = run.config
     key = files.digest([before, run.settings("start", "seed", "budget")])
     device = run.model.get_input_embeddings().weight.device
-    stored = run.work.read_tensors("scores", key)
+    stored, targets = run.work.read_tensors("scores", key), ste.Targets(calibration)
     if stored is None:
         packs = pack(calibration, config.budget)
         with run.progress.stage(f"channel scores ({config.start})", len(packs)) as step:
-            found = channel_scores(config.start, Context(run.model, packs, config.seed, step))
+            found = channel_scores(config.start, Context(run.model, packs, config.seed, step, targets.add))
         stored = {str(layer): score for layer, score in enumerate(found)}
         run.work.write_tensors("scores", key, stored)
-    return [stored[str(layer)].to(device) for layer in range(len(stored))]
+    return [stored[str(layer)].to(device) for layer in range(len(stored))], targets
 
 
-def _search(run: _Run, calibration: list[Example], scores: list[Tensor], before: str) -> tuple[list[Tensor], ste.State]:
+def _search(
+    run: _Run, calibration: list[Example], scores: list[Tensor], targets: ste.Targets, before: str
+) -> tuple[list[Tensor], ste.State]:
     """The mask after the straight-through steps, and the state with its curve; the state is stored on the way."""
     config = run.config
     names = ("ratio", "scope", "loss", "steps", "lr", "budget", "seed")
@@ -213,8 +215,8 @@ def _search(run: _Run, calibration: list[Example], scores: list[Tensor], before:
     if (stored := run.work.read_tensors("search", key)) is not None:
         state = ste.State.from_tensors(stored, scores[0].device)
     if config.steps and state.done < config.steps:
-        teacher = None
-        if config.loss == "kl":
+        teacher = targets.states
+        if config.loss == "kl" and not targets.complete():
             with run.progress.stage("dense targets", len(pack(calibration, config.budget))) as step:
                 teacher = ste.teacher_states(run.model, calibration, config.budget, step)
         with run.progress.stage("straight-through search", config.steps) as step:
@@ -357,8 +359,8 @@ def sculpt(
     calibration = run.examples(*map(list, zip(*clean, strict=True)), in_character=config.in_character)
     root = run.key([[example.prompt, example.answer] for example in calibration])
 
-    scores = _scores(run, calibration, root)
-    masks, state = _search(run, calibration, scores, files.digest([root, config.start]))
+    scores, targets = _scores(run, calibration, root)
+    masks, state = _search(run, calibration, scores, targets, files.digest([root, config.start]))
 
     finished = files.digest([root, held_out, persona.name, persona.greeting(), run.base, config.dump()])
     made = [name for name in (*ALWAYS, _checkpoint(config)) if name]

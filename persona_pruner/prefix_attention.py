@@ -47,7 +47,7 @@ def attend(query: Tensor, prefix: tuple[Tensor, Tensor], own: tuple[Tensor, Tens
 
 
 class Biases:
-    """Who sees whom, by position: queries [S, L], keys of the rows [S, K], a prefix of P tokens at 0 .. P - 1.
+    """Who sees whom, by position: queries [S, L], keys of the rows [S, K], prefix tokens at 0 .. P - 1.
 
     A key before P is padding and seen by nobody; what a padded query gets is never used.
     """
@@ -76,7 +76,7 @@ def _bias(allowed: Tensor) -> Tensor:
 
 
 class PackLayout:
-    """Rows of a pack, one sequence [prefix | row 1 | row 2 | ...]: segment (0 is the prefix) and position, int64 [T]."""
+    """A pack [prefix | row 1 | row 2 | ...] as one sequence: segment (0 is the prefix) and position, int64 [T]."""
 
     def __init__(self, segment: Tensor, position: Tensor):
         self.prefix = int((segment == 0).sum())
@@ -112,8 +112,8 @@ class PackLayout:
 class BatchLayout:
     """Rows of a batch, padded at their starts, whose own keys and values are what the cache holds.
 
-    shared: keys and values of the prefix [Hkv, P, d], by layer, or nothing; queries: positions of the new tokens, int64 [S, L];
-    keys: positions of all tokens in the cache, the new ones included, int64 [S, K].
+    shared: keys and values of the prefix [Hkv, P, d], by layer, or nothing; queries: int64 [S, L], positions of the
+    new tokens; keys: int64 [S, K], positions of all tokens in the cache, the new ones included.
     """
 
     def __init__(self, shared: list[tuple[Tensor, Tensor]], queries: Tensor, keys: Tensor):
@@ -159,7 +159,7 @@ def prefix_attention(decoder: nn.Module):
 
 
 def unused_mask(decoder: nn.Module) -> Tensor | dict[str, Tensor]:
-    """A mask that transformers hands through as it is, because it has four dimensions; by layer type where types differ."""
+    """A mask of four dimensions, which transformers hands through as it is; by layer type where types differ."""
     nothing = torch.empty(1, 1, 0, 0)
     kinds = set(getattr(decoder.config, "layer_types", None) or ())
     return {kind: nothing for kind in kinds} if kinds else nothing

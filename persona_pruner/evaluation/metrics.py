@@ -53,10 +53,7 @@ def _device(model: nn.Module) -> torch.device:
 
 @torch.inference_mode()
 def dense_reference(model: nn.Module, examples: Sequence[Example]) -> Reference:
-    """Runs the dense model on held-out examples; `fidelity` compares others with it.
-
-    Raises InputError when there is no answer token.
-    """
+    """Runs the dense model on held-out examples, for `fidelity`. Raises InputError without answers."""
     if not any(example.answer for example in examples):
         raise InputError("there are no held-out answers to measure on")
     packs = [batch.to(_device(model)) for batch in pack(examples, BUDGET)]

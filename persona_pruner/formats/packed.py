@@ -6,6 +6,8 @@ weights as ever. config.json names the packed layers under `quantization_config`
 """
 
 import copy
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from persona_pruner.packing import Pack, hidden_states
 
 METHOD = "persona_pruner"
 VERSION = 1
+PT = {"format": "pt"}  # what transformers expects in a safetensors header
 KINDS = {"int8": torch.int8, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -126,17 +129,19 @@ def read_sparse(folder: str | Path):
     `sparse-24-bitmask` of compressed-tensors. Raises InputError for anything else, packed checkpoints included.
     """
     config = files.read_json(Path(folder) / "config.json")
-    if _method(config) is None and "compression_config" not in config:
+    if not isinstance(config, dict):
+        raise InputError(f"{folder}/config.json is not an object")
+    if not config.get("quantization_config") and "compression_config" not in config:
         model, tokenizer = _load(folder)
         sparsify_(model, exact=True)
         return model, tokenizer
-    quantized = config.get("quantization_config") or config["compression_config"]
-    sparsity = quantized.get("sparsity_config") or {}
-    if sparsity.get("format") != "sparse-24-bitmask":
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    sparsity = quantized.get("sparsity_config") if isinstance(quantized, dict) else None
+    if not isinstance(sparsity, dict) or sparsity.get("format") != "sparse-24-bitmask":
         raise InputError(f"{folder} is neither dense nor sparse-24-bitmask: {_method(config) or 'unknown format'}")
     if quantized.get("config_groups"):
         raise InputError(f"{folder} is quantized as well as sparse; only unquantized sparse-24-bitmask is read")
-    return _load_bitmask(folder)
+    return _load_bitmask(Path(folder), config)
 
 
 def _method(config) -> str | None:
@@ -144,13 +149,14 @@ def _method(config) -> str | None:
     return found.get("quant_method") if isinstance(found, dict) else None
 
 
-def _load(folder, **kwargs):
+def _load(folder):
+    """(model, tokenizer or None) of a local folder."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with models.quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+            model = AutoModelForCausalLM.from_pretrained(folder)
             has_tokenizer = any(Path(folder).glob("tokenizer*"))
             tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     except InputError:
@@ -182,11 +188,12 @@ def bitmask24(shape: Tensor, compressed: Tensor, bitmask: Tensor) -> tuple[Tenso
     return compressed, pack_meta(kept)
 
 
-def _load_bitmask(folder):
-    from transformers import AutoConfig
+def _load_bitmask(folder, config):
+    """The folder's model by way of a packed copy: transformers takes tensors from files only."""
+    from safetensors.torch import save_file
 
     state, modules = {}, {}
-    tensors = _read_tensors(Path(folder))
+    tensors = _read_tensors(folder)
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part == "compressed":
@@ -198,9 +205,18 @@ def _load_bitmask(folder):
             modules[layer] = None
         elif f"{layer}.compressed" not in tensors or part == "bias":
             state[name] = tensor
-    config = AutoConfig.from_pretrained(folder)
-    config.quantization_config = {"quant_method": METHOD, "version": VERSION, "modules": modules}
-    return _load(folder, config=config, state_dict=state)
+    config = {key: value for key, value in config.items() if key != "compression_config"}
+    config["quantization_config"] = {"quant_method": METHOD, "version": VERSION, "modules": modules}
+    with tempfile.TemporaryDirectory() as name:
+        copied = Path(name)
+        for file in folder.iterdir():
+            if file.is_file() and ".safetensors" not in file.name:
+                shutil.copy(file, copied)
+        files.write_json(copied / "config.json", config)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, copied / "model.safetensors", PT)
+        model, tokenizer = _load(copied)
+    model.config.name_or_path = str(folder)
+    return model, tokenizer
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

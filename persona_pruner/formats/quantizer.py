@@ -26,7 +26,7 @@ class PackedConfig(QuantizationConfigMixin):
             raise InputError(
                 f"the checkpoint is packed in version {version} of the format, this persona_pruner reads {VERSION}"
             )
-        if not isinstance(modules, dict) or not modules or not set(modules.values()) <= {None, *KINDS}:
+        if not isinstance(modules, dict) or not modules or not all(kind in (None, *KINDS) for kind in modules.values()):
             raise InputError("quantization_config of the packed checkpoint is damaged: modules are no names and dtypes")
         self.quant_method, self.version, self.modules = METHOD, version, dict(modules)
 

@@ -292,8 +292,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     values, meta, scales = ctx.saved_tensors
     dx = _grad_x(grad, Packed24(values, meta, scales)) if ctx.needs_input_grad[0] else None
-    db = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-    return dx, None, None, db, None, None
+    wanted = ctx.needs_input_grad  # one entry for each argument given: defaults that were left out are missing
+    db = grad.flatten(0, -2).sum(0) if len(wanted) > 3 and wanted[3] else None
+    return (dx, None, None, db, None, None)[: len(wanted)]
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
