@@ -58,13 +58,16 @@ class SculptConfig(BaseModel):
 
 
 def read_run(folder: str | Path) -> dict:
-    """The run.yaml of an output folder. Raises InputError when there is none or it is not YAML."""
+    """The run.yaml of an output folder. Raises InputError when there is none or it holds no settings."""
     import yaml
 
     path = Path(folder) / "run.yaml"
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a list of settings by name")
+    return found
