@@ -22,6 +22,7 @@ ISAS = {"baseline": []}
 if X86:
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = AVX512.split()
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
     ISAS["amx"] = [*ISAS["avx512"], "-mavx512vbmi2", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 gives thousands for its own intrinsics
 HEADERS = glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cuda/*.cuh")
@@ -82,8 +83,12 @@ if NVCC and cuda_sources:
     )
 
 setup(
-    packages=[*find_packages(include=["persona_pruner", "persona_pruner.*"]), "persona_pruner.kernels"],
-    package_dir={"persona_pruner.kernels": "kernels"},
+    packages=[
+        *find_packages(include=["persona_pruner", "persona_pruner.*"]),
+        "persona_pruner.kernels",
+        "persona_pruner.benchmarks",
+    ],
+    package_dir={"persona_pruner.kernels": "kernels", "persona_pruner.benchmarks": "benchmarks"},
     package_data={"persona_pruner": ["data/*", "report/*.html"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExt},

@@ -8,6 +8,7 @@
 
 #include "op.h"
 #include "linear24.h"
+#include "linear24_stream.h"
 #include "rows.h"
 #include "vec.h"
 
@@ -34,7 +35,11 @@ struct Job {
   int64_t ahead;  // rows between the row in use and the one to prefetch; 0: none
 };
 
-#if defined(__AVX512F__)
+#if defined(PP_STREAM)
+
+// linear24_stream.h does it all
+
+#elif defined(__AVX512F__)
 
 void prepare(float*, int64_t) {}
 
@@ -180,6 +185,32 @@ void tile(const Job<T>& job, int64_t row, int64_t token, float (*out)[M]) {
 
 #endif
 
+#if defined(PP_STREAM)
+
+template <class T>
+void permute(const Linear24<T>& a) {
+  using K = std::conditional_t<std::is_same_v<T, float>, StreamF32,
+                               std::conditional_t<std::is_same_v<T, Float16>, StreamF16, StreamBf16>>;
+  const auto x = pack_tokens<K>(a.tokens, a.cols, [&](int64_t token, int64_t c, int64_t count, typename K::Element* to) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, count - i));
+      store(to + i, load(a.x + token * a.cols + c + i, n), n);
+    }
+  });
+  const int64_t steps = round_up(a.cols, 2 * K::kKept) / (2 * K::kKept);
+  const Stream<K> job{x.get(), steps, static_cast<const T*>(a.values), a.meta, a.tokens, a.rows, a.cols, a.threads};
+  stream(job, [&](int64_t token, int64_t row, int count, const float* sums) {
+    for (int i = 0; i < count; i += kLanes) {
+      const int n = std::min(kLanes, count - i);
+      VecF v = load(sums + i, n);
+      if (a.bias) v += load(a.bias + row + i, n);
+      store(a.y + token * a.rows + row + i, v, n);
+    }
+  });
+}
+
+#else
+
 template <class T, int R, int M>
 void run_tile(const Job<T>& job, int64_t row, int64_t token) {
   const auto& a = job.a;
@@ -229,6 +260,8 @@ void permute(const Linear24<T>& a) {
     }
   });
 }
+
+#endif
 
 #if defined(__AMX_BF16__)
 bool finite(const BFloat16* x, int64_t n) {

@@ -11,6 +11,7 @@
 
 #include "op.h"
 #include "linear24.h"
+#include "linear24_stream.h"
 #include "rows.h"
 #include "vec.h"
 
@@ -86,7 +87,11 @@ inline uint64_t load_bytes(const uint8_t* p, int64_t bytes) {
   return bits;
 }
 
-#if defined(__AVX512F__)
+#if defined(PP_STREAM)
+
+// linear24_stream.h does it all
+
+#elif defined(__AVX512F__)
 
 // Shuffles see 16 bytes of x at a time: pieces 0 2 4 6 go with the low unpack of two rows, 1 3 5 7 with the high one;
 // bytes become q + 128, since the multiply-add takes unsigned times signed. sum(w) * 128 is taken off at the end.
@@ -217,6 +222,27 @@ void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, 
 
 #endif
 
+#if defined(PP_STREAM)
+
+template <class T>
+void permute(const Linear24<T>& a, Tokens& x) {
+  const auto* q = reinterpret_cast<const uint8_t*>(x.q.get());
+  const auto packed = pack_tokens<StreamInt8>(a.tokens, a.cols, [&](int64_t token, int64_t c, int64_t, uint8_t* to) {
+    for (int i = 0; i < kSpan; ++i) to[i] = q[token * x.stride + c + i] ^ 128;
+  });
+  const Stream<StreamInt8> job{packed.get(), x.stride / kSpan, static_cast<const int8_t*>(a.values), a.meta, a.tokens, a.rows, a.cols, a.threads};
+  stream(job, [&](int64_t token, int64_t row, int count, const int32_t* sums) {
+    for (int i = 0; i < count; i += kLanes) {
+      const int n = std::min(kLanes, count - i);
+      VecF v = __builtin_convertvector(load_raw<VecI>(sums + i), VecF) * (splat(x.sx[token]) * load(a.scales + row + i, n));
+      if (a.bias) v += load(a.bias + row + i, n);
+      store(a.y + token * a.rows + row + i, v, n);
+    }
+  });
+}
+
+#else
+
 template <class T>
 void finish(const Linear24<T>& a, const Tokens& x, int64_t token, int64_t row, int32_t sum) {
   VecF v{static_cast<float>(sum) * (x.sx[token] * a.scales[row])};
@@ -257,6 +283,8 @@ void permute(const Linear24<T>& a, Tokens& x) {
     }
   });
 }
+
+#endif
 
 template <class T>
 bool by_tiles(const Linear24<T>& a, const Tokens& x) {

@@ -13,6 +13,7 @@ from persona_pruner.errors import InputError
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni", "fma", "f16c"}
 ISAS = {
     "amx": AVX512 | {"avx512_vbmi2", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
+    "avx512bf16": AVX512 | {"avx512_bf16"},
     "avx512": AVX512,
     "avx2": {"avx2", "fma", "f16c"},
     "baseline": set(),

@@ -1,0 +1,91 @@
+"""What the benchmarks share: limits of the machine, contestants that take turns, tables in files."""
+
+import csv
+import json
+import os
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from persona_pruner.ops import _native
+
+
+def machine() -> dict:
+    """What a number must be read with: processor, cores, instruction set of our kernels, torch, date."""
+    name = "unknown processor"
+    if os.path.exists("/proc/cpuinfo"):
+        rows = (line.split(":", 1) for line in open("/proc/cpuinfo", encoding="utf-8") if ":" in line)
+        name = next((value.strip() for key, value in rows if key.strip() == "model name"), name)
+    found = {"processor": name, "cores": os.cpu_count(), "isa": _native.cpu_isa(), "L3": last_cache()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found | {"torch": torch.__version__, "date": date.today().isoformat()}
+
+
+def last_cache() -> int:
+    """Bytes of the last-level cache; 64 MB where the system does not say."""
+    for level in (3, 2):
+        path = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size")
+        if path.exists():
+            return int(path.read_text().strip().rstrip("K")) << 10
+    return 64 << 20
+
+
+def limits(threads: int, device: str = "cpu") -> dict:
+    """Measured now: GB/s of reading memory (best of 1, 2, 4 streams a thread) and GFLOP/s of float32 multiply-adds.
+
+    On a GPU: a copy of 1 GB, and a bfloat16 matrix product of 8192.
+    """
+    if device == "cuda":
+        a, b = torch.empty(2, 1 << 29, dtype=torch.uint8, device=device)
+        c = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        forms = {"copy": [lambda: b.copy_(a)], "product": [lambda: c @ c]}
+        seconds = turns(forms, 1.0, device=device)
+        return {"GB/s": 2 * a.numel() / seconds["copy"] / 1e9, "GFLOP/s": 2 * 8192**3 / seconds["product"] / 1e9}
+    module, size = _native.cpu_module(), max(4 * last_cache(), 256 << 20)
+    data, count = torch.ones(size, dtype=torch.uint8), 500_000
+    forms = {s: [lambda s=s: module.read_memory(data.data_ptr(), size, s, threads)] for s in (1, 2, 4)}
+    lanes = module.multiply_add(1, threads)
+    forms["fma"] = [lambda: module.multiply_add(count, threads)]
+    seconds = turns(forms, 1.0)
+    flops = 2 * 10 * lanes * count * threads / seconds.pop("fma")
+    return {"GB/s": size / min(seconds.values()) / 1e9, "GFLOP/s": flops / 1e9}
+
+
+def turns(forms: dict, budget: float, hot: bool = False, device: str = "cpu") -> dict:
+    """Median seconds of a call of each form. forms: name -> calls, one for each copy of its data.
+
+    The forms take turns and each turn is the next copy's. hot: a turn calls the first copy four times and the first of
+    these is not counted. At least 5 rounds, then as many as fit into `budget` seconds, up to 101.
+    """
+    times, begun = {name: [] for name in forms}, time.perf_counter()
+    for i in range(102):
+        if i > 5 and time.perf_counter() - begun > budget:
+            break
+        for name, calls in forms.items():
+            call = calls[0 if hot else i % len(calls)]
+            for repeat in range(4 if hot else 1):
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                if i and (repeat or not hot):  # the first round warms up
+                    times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def write(rows: list[dict], about: dict, csv_path: str | None, json_path: str | None) -> None:
+    """The rows as CSV (columns of all rows together) and, with `about`, as JSON."""
+    if csv_path:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with open(csv_path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    if json_path:
+        Path(json_path).write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")
