@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-
 from persona_pruner.benchmarks import common
+
 from persona_pruner.ops import _native, linear24, pack_linear24, quantize24, select24, unpack24
 
 MODELS = {  # q/o, k/v, gate/up, down as (N, K)
@@ -216,7 +216,8 @@ def verdicts(rows, threads):
         if shares:
             mean = sum(s for s, _ in shares) / len(shares)
             goal = f"; goal 0.85: met by {sum(s >= 0.85 for s, _ in shares)} of {len(shares)}" if "2:4" in ours else ""
-            yield f"decode {ours}, share of read bandwidth: {mean:.2f}, worst {min(shares)[0]:.2f} ({min(shares)[1]}){goal}"
+            worst, where = min(shares)
+            yield f"decode {ours}, share of read bandwidth: {mean:.2f}, worst {worst:.2f} ({where}){goal}"
 
 
 def plot(rows, path):
@@ -247,7 +248,7 @@ def plot(rows, path):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("bench linear24", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser("bench_linear24", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
@@ -270,7 +271,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(threads)
         limit = about["limits"][threads] = common.limits(threads, args.device) | {"overhead us": overhead(args.device)}
         us = ", ".join(f"{name} {value:.1f} us" for name, value in limit["overhead us"].items())
-        print(f"\n{threads} threads: {limit['GB/s']:.1f} GB/s read, {limit['GFLOP/s']:.0f} GFLOP/s; an empty call: {us}")
+        peak = f"{limit['GB/s']:.1f} GB/s read, {limit['GFLOP/s']:.0f} GFLOP/s"
+        print(f"\n{threads} threads: {peak}; an empty call: {us}")
         for model, n, k in shapes:
             for tokens in args.tokens:
                 found, sizes = measure(n, k, tokens, args.caches, args.budget, args.device)
@@ -280,7 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
                     for name, s in seconds.items():
                         row[f"{name} of bandwidth"] = round(sizes[name] / s / 1e9 / limit["GB/s"], 3)
                     rows.append(row)
-                    times = ", ".join(f"{name} {1e6 * s:.0f}" for name, s in sorted(seconds.items(), key=lambda f: f[1]))
+                    ranked = sorted(seconds.items(), key=lambda item: item[1])
+                    times = ", ".join(f"{name} {1e6 * s:.0f}" for name, s in ranked)
                     print(f"{n}x{k} M {tokens} {cache}: {times} us", flush=True)
         print(*verdicts(rows, threads), sep="\n")
     common.write(rows, about, args.csv, args.json)

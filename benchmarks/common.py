@@ -17,7 +17,8 @@ def machine() -> dict:
     """What a number must be read with: processor, cores, instruction set of our kernels, torch, date."""
     name = "unknown processor"
     if os.path.exists("/proc/cpuinfo"):
-        rows = (line.split(":", 1) for line in open("/proc/cpuinfo", encoding="utf-8") if ":" in line)
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        rows = (line.split(":", 1) for line in lines if ":" in line)
         name = next((value.strip() for key, value in rows if key.strip() == "model name"), name)
     found = {"processor": name, "cores": os.cpu_count(), "isa": _native.cpu_isa(), "L3": last_cache()}
     if torch.cuda.is_available():
