@@ -6,6 +6,7 @@ processors, and Python imports the best one that the machine can run. The CUDA m
 needs nvcc only, neither torch nor a GPU; PERSONA_PRUNER_CUDA=0 leaves it out.
 """
 
+import copy
 import os
 import platform
 import shutil
@@ -55,7 +56,10 @@ def cpu_extension(isa, flags):
 class BuildExt(build_ext):
     def build_extension(self, ext):
         if not ext.name.endswith("_cuda"):
-            return super().build_extension(ext)
+            # A folder of objects for each instruction set: they are built from the same sources at the same time.
+            own = copy.copy(self)
+            own.build_temp = os.path.join(self.build_temp, ext.name)
+            return build_ext.build_extension(own, ext)
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
