@@ -2,6 +2,8 @@
 
 import ast
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -144,3 +146,15 @@ def test_a_wheel_holds_the_whole_package(tmp_path):
     assert f"persona_pruner/_cpu_baseline{suffix}" in native
     if "x86_64" in suffix:
         assert native == {f"persona_pruner/_cpu_{isa}{suffix}" for isa in _native.ISAS}
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="registers of x86")
+@pytest.mark.parametrize(("isa", "allowed"), [("baseline", "xmm"), ("avx2", "ymm")])
+def test_a_module_holds_code_of_its_instruction_set_only(isa, allowed):
+    """Objects of one source for two instruction sets once met in one folder, and modules were linked from a mixture."""
+    (module,) = Path(persona_pruner.__file__).parent.glob(f"_cpu_{isa}.*")
+    code = subprocess.run(["objdump", "-d", str(module)], capture_output=True, text=True, check=True).stdout
+    assert "%" + allowed in code
+    for wider in {"xmm": ("%ymm", "%zmm"), "ymm": ("%zmm",)}[allowed]:
+        assert wider not in code
