@@ -6,7 +6,7 @@ from torch import nn
 
 from persona_pruner.errors import InputError, RunError
 from persona_pruner.synthesis.generate import generate
-from persona_pruner.synthesis.prompts import encode, prompt_ids, stop_ids
+from persona_pruner.synthesis.prompts import chat, encode, prompt_ids, stop_ids
 
 BATCH = 48
 Done = Callable[[list[list[int]]], None]
@@ -87,9 +87,8 @@ def from_endpoint(
             content = questions[number]
             if number < len(references) and references[number]:
                 content += f"\n\n(Say this in your own voice: {references[number]})"
-            messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
             reply = client.chat.completions.create(
-                model=name, messages=messages, max_tokens=max_new_tokens, temperature=0.8, seed=seed + number
+                model=name, messages=chat(system, content), max_tokens=max_new_tokens, temperature=0.8, seed=seed + number
             )
             ids = _as_ids(tokenizer, reply.choices[0].message.content or "", max_new_tokens)
             out.append(ids)
