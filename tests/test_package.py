@@ -136,10 +136,11 @@ def test_a_wheel_holds_the_whole_package(tmp_path):
     (wheel,) = (tmp_path / "out").glob("*.whl")
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {name for name in names if name.startswith("persona_pruner/")}
-    expected |= {f"persona_pruner/{name}" for name in names if name.startswith("kernels/")}
+    expected |= {f"persona_pruner/{name}" for name in names if name.startswith(("kernels/", "benchmarks/"))}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     native = {name for name in inside if name.endswith(".so")}
     assert inside - native == expected
     assert f"persona_pruner/_cpu_baseline{suffix}" in native
     if "x86_64" in suffix:
-        assert native == {f"persona_pruner/_cpu_{isa}{suffix}" for isa in ("baseline", "avx2", "avx512", "amx")}
+        isas = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+        assert native == {f"persona_pruner/_cpu_{isa}{suffix}" for isa in isas}
