@@ -37,7 +37,7 @@ def cpu_extension(isa, flags):
     return Extension(
         f"persona_pruner.{name}",
         sorted(glob("csrc/cpu/*.cpp")),
-        include_dirs=["csrc"],
+        include_dirs=[pybind11.get_include(), "csrc"],
         define_macros=[("PP_MODULE", name)],
         extra_compile_args=[*OPTIONS.split(), *flags],
         extra_link_args=["-fopenmp"],

@@ -2,6 +2,8 @@
 
 import importlib
 
+from persona_pruner.formats import plugin as _plugin
+
 __version__ = "0.1.0"
 
 # Public names by the module that defines them; loaded on first use, so that importing the package is quick.
@@ -12,7 +14,13 @@ _PUBLIC = {
     "SculptResult": "pipeline",
     "SculptConfig": "config",
     "load_model": "models",
+    "SparseLinear24": "nn.sparse",
+    "sparsify_": "nn.sparse",
+    "save_packed": "formats.packed",
     "ops": "ops",
+    "resolve_decoder_layers": "compat",
+    "load_topk_indices": "compat",
+    "prune_llama_ffn": "compat",
     "InputError": "errors",
     "RunError": "errors",
 }
@@ -28,3 +36,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return __all__
+
+
+_plugin.install()

@@ -8,25 +8,38 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from persona_pruner import __version__
-from persona_pruner.errors import InputError, PersonaPrunerError
+from persona_pruner.errors import InputError, PersonaPrunerError, RunError
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # typer would end with code 130 and no word
+            goes_on = "; the same command goes on from the last finished stage"
+            raise RunError(f"interrupted{goes_on if ctx.invoked_subcommand == 'sculpt' else ''}") from error
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Run a language model as one character at a fraction of its cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-err = Console(stderr=True)
+# Names and paths are printed as they are: [x] is no markup and :x: no picture.
+console, err = (Console(stderr=to, markup=False, emoji=False, highlight=False, soft_wrap=True) for to in (False, True))
 
 Model = Annotated[str, typer.Option(help="Alias (smollm2-135m), local folder or hub name of the base model.")]
 Hub = Annotated[bool, typer.Option("--hub", help="Take an alias's full-precision checkpoint from the hub.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 where the hardware has it), float32, bfloat16, float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 is torch's choice.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 is torch's choice.")]
 
 
 def _example(text: str) -> str:
@@ -55,6 +68,9 @@ def sculpt(
     scope: Annotated[
         str, typer.Option(help="layer: equal widths, a checkpoint for any engine; global: best mask.")
     ] = "layer",
+    format_: Annotated[
+        str, typer.Option("--format", help="slim: a plain checkpoint; packed: its linears 2:4 sparse as well.")
+    ] = "slim",
     seed: int = 0,
     repair: Annotated[bool, typer.Option(help="Refit W_down on the kept channels.")] = True,
     compare: Annotated[bool, typer.Option(help="Measure baselines and speed as well.")] = True,
@@ -86,12 +102,15 @@ def sculpt(
 
     _threads(threads)
     settings = {"ratio": ratio, "scope": scope, "seed": seed, "repair": repair, "compare": compare, "answers": answers}
-    settings |= {"questions": tuple(questions or ()), "eval_questions": eval_questions}
+    settings |= {"format": format_, "questions": tuple(questions or ()), "eval_questions": eval_questions}
     for text in set_ or []:
         name, sign, value = text.partition("=")
         if not sign:
             raise InputError(f"--set {text} is not of the form name=value")
-        settings[name] = yaml.safe_load(value)
+        try:
+            settings[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {text}: the value is not valid YAML") from None
     SculptConfig.of(**settings)
     who = Persona.load(persona)
     progress = ConsoleProgress(err)
@@ -101,8 +120,8 @@ def sculpt(
     if as_json:
         _print_json(result.metrics)
     else:
-        Console().print(report.table(result.metrics))
-        Console().print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.name != 'stages'))}")
+        console.print(report.table(result.metrics), soft_wrap=False)
+        console.print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.name != 'stages'))}")
 
 
 @app.command(epilog=_example('persona-pruner chat runs/blacksmith --prompt "Who are you?"'))
@@ -114,8 +133,8 @@ def chat(
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="The base model itself with the character's prompt.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt instead of the character's.")] = None,
-    max_new_tokens: int = 160,
-    temperature: float = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
     seed: int = 0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -136,9 +155,9 @@ def chat(
     if system is not None:
         who.system = system
     torch.manual_seed(seed)
-    out, messages = Console(highlight=False, markup=False), []
+    messages = []
     if prompt is None:
-        out.print(f"{who.name}: {who.greeting or '...'}\n(an empty line or Ctrl-D ends the conversation)")
+        print(f"{who.name}: {who.greeting or '...'}\n(an empty line or Ctrl-D ends the conversation)")
     while True:
         try:
             said = prompt if prompt is not None else input("you: ").strip()
@@ -153,13 +172,13 @@ def chat(
         for piece in who.stream(messages, max_new_tokens, temperature):
             pieces.append(piece)
             if not as_json:
-                out.print(piece, end="", soft_wrap=True)
+                print(piece, end="", flush=True)
         answer = "".join(pieces)
         messages.append({"role": "assistant", "content": answer})
         if as_json:
             _print_json({"character": who.name, "answer": answer, "seconds": round(time.perf_counter() - begun, 3)})
         else:
-            out.print()
+            print()
         if prompt is not None:
             break
 
@@ -169,7 +188,7 @@ def evaluate(
     character: Annotated[Path, typer.Argument(help="Output folder of sculpt, or a persona file.")],
     questions: Annotated[str | None, typer.Option(help="Held-out questions; by default those of the sculpt.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, instead of the one the persona file names.")] = None,
-    count: Annotated[int, typer.Option(help="At most so many questions.")] = 24,
+    count: Annotated[int, typer.Option(min=1, help="At most so many questions.")] = 24,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = 0,
@@ -184,7 +203,7 @@ def evaluate(
     if as_json:
         return _print_json(found)
     for name, value in found.items():
-        Console().print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}", highlight=False)
+        console.print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
 
 
 @app.command(epilog=_example("persona-pruner inspect runs/blacksmith/persona.persona.safetensors"))
@@ -220,7 +239,32 @@ def inspect(
     if as_json:
         return _print_json(value)
     for name, entry in value.items():
-        Console().print(f"{name:12}", entry, highlight=False, markup=False)
+        console.print(f"{name:12}", entry)
+
+
+@app.command(epilog=_example("persona-pruner pack runs/sparse-llama packed"))
+def pack(
+    checkpoint: Annotated[Path, typer.Argument(help="Dense checkpoint with 2:4 zeros, or a sparse-24-bitmask one.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed checkpoint.")],
+):
+    """Pack a checkpoint that is 2:4 sparse already; nothing is rounded."""
+    from persona_pruner.formats.packed import read_sparse, save_packed
+
+    model, tokenizer = read_sparse(checkpoint)
+    save_packed(model, out, tokenizer)
+    Console().print(f"written to {out}")
+
+
+@app.command(epilog=_example("persona-pruner unpack runs/blacksmith/packed dense"))
+def unpack(
+    checkpoint: Annotated[Path, typer.Argument(help="Packed checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the ordinary checkpoint, dense with zeros.")],
+):
+    """Turn a packed checkpoint into an ordinary one, for any other engine."""
+    from persona_pruner.formats import packed
+
+    packed.unpack(checkpoint, out)
+    Console().print(f"written to {out}")
 
 
 @app.command(epilog=_example("persona-pruner doctor"))
@@ -233,7 +277,6 @@ def doctor(as_json: Json = False):
     found = examination.report()
     if as_json:
         return _print_json(found)
-    console = Console()
     table = Table("what", "value", title=f"persona-pruner {found['persona_pruner']}, Python {found['python']}")
     for name, version in found["packages"].items():
         table.add_row(name, version)
@@ -242,13 +285,13 @@ def doctor(as_json: Json = False):
     table.add_row("native bf16 products", "yes" if cpu["native_bf16"] else "no (dtype auto is float32)")
     table.add_row("CUDA module", found["cuda"]["module"])
     table.add_row("GPUs", ", ".join(found["cuda"]["devices"]) or "none")
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for device, ops in found["ops"].items():
         rows = Table("op", "backend", "state", title=f"ops on {device}; automatic choice takes the first that is ready")
         for op, backends in ops.items():
             for backend, state in backends.items():
                 rows.add_row(op, backend, state)
-        console.print(rows)
+        console.print(rows, soft_wrap=False)
 
 
 @app.command(
@@ -294,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def fail(text: str, code: int) -> None:
-        err.print(f"persona-pruner: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"persona-pruner: {text}", style="red")
         sys.exit(code)
 
     try:
@@ -304,9 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         fail(str(error), 2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        if debug:
-            raise
-        fail("interrupted; the same command goes on from the last finished stage", 1)
+        fail("interrupted", 1)
     except Exception as error:
         if debug:
             raise

@@ -15,6 +15,7 @@ class SculptConfig(BaseModel):
 
     ratio: float = Field(0.25, gt=0, lt=1)
     scope: Literal["layer", "global"] = "layer"
+    format: Literal["slim", "packed"] = Field("slim", description="plain checkpoint, or its linears packed 2:4")
     seed: int = Field(0, ge=0)
 
     own_questions: int = Field(128, ge=0, description="questions the base model writes for the persona")
@@ -43,10 +44,13 @@ class SculptConfig(BaseModel):
     def of(cls, **settings) -> "SculptConfig":
         """Like the constructor, but raises InputError with one sentence."""
         try:
-            return cls(**settings)
+            config = cls(**settings)
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        if config.format == "packed" and config.scope != "layer":
+            raise InputError("format packed needs scope layer: a checkpoint has one width for all layers")
+        return config
 
     def dump(self) -> dict:
         """Plain values, for YAML and JSON."""
@@ -54,13 +58,16 @@ class SculptConfig(BaseModel):
 
 
 def read_run(folder: str | Path) -> dict:
-    """The run.yaml of an output folder. Raises InputError when there is none or it is not YAML."""
+    """The run.yaml of an output folder. Raises InputError when there is none or it holds no settings."""
     import yaml
 
     path = Path(folder) / "run.yaml"
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a list of settings by name")
+    return found

@@ -59,6 +59,7 @@ def write_folder(path: str | Path, write: Callable[[Path], None]) -> Path:
         write(new)
         for file in new.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)
                 _sync(file)
         try:
             if path.exists():

@@ -46,15 +46,17 @@ def quiet_transformers():
 
 
 def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively (CUDA, AMX on a CPU), else float32.
+    """bfloat16 where the hardware multiplies it natively (CUDA; AMX or AVX512-BF16 on a CPU), else float32.
 
-    Without such units a CPU runs bf16 products far below float32 speed; with AMX, 2 cores gave 2.3 TFLOP/s
-    against 0.3 in float32 (512x1536x576, Sapphire Rapids, 2026-11-22).
+    Without such units a CPU runs bf16 products far below float32 speed; with them 2 cores gave 2.3 TFLOP/s against 0.3
+    in float32 by AMX (Sapphire Rapids, 2026-11-22) and 0.38 against 0.16 by AVX512-BF16 (Zen 4, 2026-11-23), for
+    1024x576 by 576x1536.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 def resolve_dtype(name: str, device: str | torch.device) -> torch.dtype:
@@ -74,6 +76,10 @@ def check_device(name: str) -> torch.device:
         raise InputError(f"{name!r} is not a torch device") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch sees no CUDA GPU here")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -133,7 +139,7 @@ def load_model(
     """(model, tokenizer) of an alias, a local folder or a hub name, in eval mode with frozen weights.
 
     `hub` takes an alias's full-precision checkpoint from the hub. Raises InputError when it does not exist or is not a
-    causal LM, RunError when the hub cannot be reached.
+    causal LM, RunError when the hub cannot be reached for a name of the form owner/model.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,9 +155,13 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)
+        if unreachable and "/" not in where:  # a misspelt alias or folder, nearly always
+            raise InputError(
+                f"model {name!r} is neither an alias ({SMOLLM2}) nor a folder here, and the hub cannot be reached"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = RunError if isinstance(error.__cause__, LocalEntryNotFoundError) else InputError
-        raise kind(f"model {name!r} cannot be loaded: {reason}") from error
+        raise (RunError if unreachable else InputError)(f"model {name!r} cannot be loaded: {reason}") from error
     except RuntimeError as error:
         raise RunError(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return prepare(model.to(device)), tokenizer

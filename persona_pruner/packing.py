@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from persona_pruner.packed_attention import Layout, packed_attention
+from persona_pruner.prefix_attention import PackLayout, prefix_attention, unused_mask
 
 
 @dataclass(frozen=True)
@@ -90,43 +90,15 @@ def text_packs(sequences: Sequence[list[int]]) -> list[Pack]:
     return [_pack([Example(ids[:1], ids[1:])], [row], 0) for row, ids in enumerate(sequences) if len(ids) > 1]
 
 
-def sliding_window(model: nn.Module) -> int | None:
-    """Tokens that the model's sliding-window layers see back, itself included; None where no layer has a window."""
-    config = model.config.get_text_config()
-    types = getattr(config, "layer_types", None)  # absent in Mistral, where a window is every layer's
-    return getattr(config, "sliding_window", None) if types is None or "sliding_attention" in types else None
-
-
-def additive_masks(model: nn.Module, allowed: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
-    """What a decoder takes as attention mask (0 or -inf-like, the model's dtype); by layer type where they differ.
-
-    allowed: bool [batch, 1, queries, keys]; distance: int64 of the same shape, position of query minus position of key.
-    """
-
-    def additive(keep: Tensor) -> Tensor:
-        lowest = torch.finfo(model.dtype).min
-        return torch.zeros(keep.shape, dtype=model.dtype, device=keep.device).masked_fill_(~keep, lowest)
-
-    window = sliding_window(model)
-    if window is None:
-        return additive(allowed)
-    near = additive(allowed & (distance < window))
-    if getattr(model.config.get_text_config(), "layer_types", None) is None:
-        return near
-    return {"full_attention": additive(allowed), "sliding_attention": near}
-
-
 def hidden_states(model: nn.Module, pack: Pack, **kwargs):
     """The decoder's output on a pack (transformers' output object; last_hidden_state is [1, T, hidden])."""
-    decoder, layout = model.get_decoder(), Layout(pack.segment, pack.position_ids)
-    unused = torch.empty(1, 1, 0, 0)  # a mask of four dimensions is handed through as it is; the layout takes its place
-    kinds = set(getattr(decoder.config, "layer_types", None) or ())
-    with packed_attention(decoder):
+    decoder = model.get_decoder()
+    with prefix_attention(decoder):
         return decoder(
             input_ids=pack.input_ids[None],
             position_ids=pack.position_ids[None],
-            attention_mask={kind: unused for kind in kinds} if kinds else unused,
-            layout=layout,
+            attention_mask=unused_mask(decoder),
+            layout=PackLayout(pack.segment, pack.position_ids),
             use_cache=False,
             **kwargs,
         )

@@ -9,6 +9,7 @@ on where it was. Held-out questions are fixed first and nothing that shares eigh
 """
 
 import random
+import shutil
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from persona_pruner import __version__, files, models, report
 from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics, speed
+from persona_pruner.formats.packed import packed_copy, save_packed
 from persona_pruner.formats.persona_file import SUFFIX, PersonaFile
 from persona_pruner.formats.slim import save_slim, slim_copy
 from persona_pruner.nn import ffn_bytes, masked, replaced_down
@@ -42,6 +44,8 @@ from persona_pruner.workspace import Workspace
 BASELINES = ("magnitude", "wanda", "taylor")
 HELD_OUT_SEED = 20260614  # the test is the same for every seed of the search
 SAVE_EVERY = 8  # search steps between stored states
+ALWAYS = (f"persona{SUFFIX}", "run.yaml", "metrics.json", "report.html", "README.md")
+CHECKPOINTS = ("slim", "packed")
 
 
 @dataclass
@@ -65,6 +69,7 @@ class _Run:
     config: SculptConfig
     work: Workspace
     progress: Progress
+    sources: dict[str, list[bank.Question]]  # questions of the files and datasets that the settings name
     system: str = ""
     root: str = field(default="", repr=False)
 
@@ -96,7 +101,7 @@ def _held_out(run: _Run) -> dict:
     def make() -> dict:
         count = config.held_out_questions
         if config.eval_questions:
-            questions = [question.text for question in bank.load_questions(config.eval_questions)][:count]
+            questions = [question.text for question in run.sources[config.eval_questions]][:count]
         elif isinstance(published, list) and published:
             questions = [str(question) for question in published][:count]
         else:
@@ -113,7 +118,8 @@ def _held_out(run: _Run) -> dict:
             found = generate(run.model, prompts, stops, config.held_out_tokens, seed=HELD_OUT_SEED, done=count_done)
         return {"questions": questions, "answers": found}
 
-    key = run.key("held-out", run.settings("held_out_questions", "held_out_tokens", "eval_questions"), published)
+    given = published, run.sources.get(config.eval_questions)
+    key = run.key("held-out", run.settings("held_out_questions", "held_out_tokens", "eval_questions"), given)
     return run.work.value("held_out", key, make)
 
 
@@ -130,7 +136,7 @@ def _questions(run: _Run, held_out: HeldOut, before: str) -> dict:
                 )
         pool = {question: "" for question in bank.bundled("search")}
         for source in config.questions:
-            pool |= {question.text: question.answer for question in bank.load_questions(source)}
+            pool |= {question.text: question.answer for question in run.sources[source]}
         pool = {q: a for q, a in pool.items() if not held_out.touches(q) and not held_out.touches(a) and q not in own}
         drawn = random.Random(config.seed).sample(list(pool), min(len(pool), config.bank_candidates))
         if config.filter and config.bank_questions:
@@ -147,7 +153,8 @@ def _questions(run: _Run, held_out: HeldOut, before: str) -> dict:
         return {"own": own, "bank": kept, "references": [pool[question] for question in kept]}
 
     names = ("own_questions", "bank_questions", "bank_candidates", "filter", "questions", "seed")
-    return run.work.value("questions", files.digest([before, run.settings(*names)]), make)
+    given = [run.sources[source] for source in config.questions]
+    return run.work.value("questions", files.digest([before, run.settings(*names), given]), make)
 
 
 def _answers(run: _Run, questions: dict, before: str) -> list[list[int]]:
@@ -181,22 +188,24 @@ def _answers(run: _Run, questions: dict, before: str) -> list[list[int]]:
     return found
 
 
-def _scores(run: _Run, calibration: list[Example], before: str) -> list[Tensor]:
-    """Channel scores on the calibration set that the search starts from."""
+def _scores(run: _Run, calibration: list[Example], before: str) -> tuple[list[Tensor], ste.Targets]:
+    """Channel scores on the calibration set that the search starts from, and the dense targets seen on the way."""
     config = run.config
     key = files.digest([before, run.settings("start", "seed", "budget")])
     device = run.model.get_input_embeddings().weight.device
-    stored = run.work.read_tensors("scores", key)
+    stored, targets = run.work.read_tensors("scores", key), ste.Targets(calibration)
     if stored is None:
         packs = pack(calibration, config.budget)
         with run.progress.stage(f"channel scores ({config.start})", len(packs)) as step:
-            found = channel_scores(config.start, Context(run.model, packs, config.seed, step))
+            found = channel_scores(config.start, Context(run.model, packs, config.seed, step, targets.add))
         stored = {str(layer): score for layer, score in enumerate(found)}
         run.work.write_tensors("scores", key, stored)
-    return [stored[str(layer)].to(device) for layer in range(len(stored))]
+    return [stored[str(layer)].to(device) for layer in range(len(stored))], targets
 
 
-def _search(run: _Run, calibration: list[Example], scores: list[Tensor], before: str) -> tuple[list[Tensor], ste.State]:
+def _search(
+    run: _Run, calibration: list[Example], scores: list[Tensor], targets: ste.Targets, before: str
+) -> tuple[list[Tensor], ste.State]:
     """The mask after the straight-through steps, and the state with its curve; the state is stored on the way."""
     config = run.config
     names = ("ratio", "scope", "loss", "steps", "lr", "budget", "seed")
@@ -206,8 +215,8 @@ def _search(run: _Run, calibration: list[Example], scores: list[Tensor], before:
     if (stored := run.work.read_tensors("search", key)) is not None:
         state = ste.State.from_tensors(stored, scores[0].device)
     if config.steps and state.done < config.steps:
-        teacher = None
-        if config.loss == "kl":
+        teacher = targets.states
+        if config.loss == "kl" and not targets.complete():
             with run.progress.stage("dense targets", len(pack(calibration, config.budget))) as step:
                 teacher = ste.teacher_states(run.model, calibration, config.budget, step)
         with run.progress.stage("straight-through search", config.steps) as step:
@@ -279,13 +288,25 @@ def _dialogue(run: _Run, slim: nn.Module, questions: list[str]) -> list[dict]:
     return [{"question": q, "dense": run.text(d), "pruned": run.text(p)} for q, d, p in rows]
 
 
-def _write(run: _Run, folder: Path, result: SculptResult) -> None:
-    """Everything a user takes away. The slim checkpoint only for equal widths; other engines have one width."""
+def _checkpoint(config: SculptConfig) -> str | None:
+    """Folder of the checkpoint; none for widths that differ between layers, which no engine loads."""
+    return config.format if config.scope == "layer" else None
+
+
+def _write(run: _Run, folder: Path, result: SculptResult, calibration: list[Example]) -> None:
+    """Everything a user takes away. A checkpoint only for equal widths; other engines have one width."""
     files.write_text(folder / "run.yaml", report.run_yaml(result.metrics["run"]))
     result.persona_file.save(folder / f"persona{SUFFIX}")
     card = report.model_card(result.metrics)
-    if run.config.scope == "layer":
-        save_slim(result.model, run.tokenizer, folder / "slim", lambda to: files.write_text(to / "README.md", card))
+    for name in CHECKPOINTS:
+        if name != _checkpoint(run.config):  # of an earlier run with other settings
+            shutil.rmtree(folder / name, ignore_errors=True)
+    readme = lambda to: files.write_text(to / "README.md", card)  # noqa: E731
+    if run.config.format == "packed":
+        sparse = packed_copy(result.model, pack(calibration, run.config.budget))
+        save_packed(sparse, folder / "packed", run.tokenizer, extra=readme)
+    elif run.config.scope == "layer":
+        save_slim(result.model, run.tokenizer, folder / "slim", readme)
     files.write_text(folder / "README.md", card)
     files.write_text(folder / "report.html", report.html(result.metrics, result.persona_file))
     files.write_json(folder / "metrics.json", result.metrics)
@@ -312,15 +333,20 @@ def sculpt(
         progress: who is told of stages; silent by default.
         settings: the fields of `SculptConfig`.
 
-    Raises InputError for settings out of range or a model without gated MLPs, RunError when the disk refuses.
+    Raises InputError for settings out of range, question files that cannot be read or a model without gated MLPs,
+    RunError when the disk refuses.
     """
     config = SculptConfig.of(ratio=ratio, **settings)
     models.prepare(model)
-    models.gated_mlps(model)
+    for width in models.widths(model):
+        choice.kept_width(width, config.ratio)
+    sources = {name: bank.load_questions(name) for name in (*config.questions, config.eval_questions) if name}
     folder = Path(out) if out else None
+    if folder and folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; the results need a folder")
     progress = progress or Progress()
     work = Workspace(folder / "stages" if folder else None)
-    run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress)
+    run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress, sources)
 
     held_out = _held_out(run)
     guard = HeldOut([*held_out["questions"], *map(run.text, held_out["answers"])])
@@ -328,16 +354,20 @@ def sculpt(
     answers = _answers(run, questions, run.key(held_out))
     pairs = zip([*questions["own"], *questions["bank"]], answers, strict=True)
     clean = [(question, answer) for question, answer in pairs if not guard.touches(run.text(answer))]
+    if not clean:
+        raise InputError("no calibration example is left: every answer shares eight words with held-out material")
     calibration = run.examples(*map(list, zip(*clean, strict=True)), in_character=config.in_character)
     root = run.key([[example.prompt, example.answer] for example in calibration])
 
-    scores = _scores(run, calibration, root)
-    masks, state = _search(run, calibration, scores, files.digest([root, config.start]))
+    scores, targets = _scores(run, calibration, root)
+    masks, state = _search(run, calibration, scores, targets, files.digest([root, config.start]))
 
-    finished = files.digest([root, config.dump()])
-    if folder and (numbers := work.read("finished", finished)) and (folder / "slim").is_dir():
+    finished = files.digest([root, held_out, persona.name, persona.greeting(), run.base, config.dump()])
+    made = [name for name in (*ALWAYS, _checkpoint(config)) if name]
+    numbers = work.read("finished", finished) if folder and all((folder / name).exists() for name in made) else None
+    if numbers and (kind := _checkpoint(config)):
         progress.note(f"{folder} is complete for these settings; nothing was computed anew")
-        slim, _ = models.load_model(folder / "slim", model.device, model.dtype)
+        slim, _ = models.load_model(folder / kind, model.device, model.dtype)
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
     other = "global" if config.scope == "layer" else "layer"
@@ -348,6 +378,8 @@ def sculpt(
         with progress.stage("least-squares repair", len(packs)) as step:
             repaired = repaired_down(model, packs, [masks, spread], config.ridge, step)
     slim = slim_copy(model, masks, repaired[0])
+    if numbers:
+        return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
     found = "scores, search" if config.steps else "scores"
     variants = [("persona-pruner", f"{found}, repair" if config.repair else found, masks, repaired[0])]
@@ -387,6 +419,6 @@ def sculpt(
     result = SculptResult(file, slim, numbers, folder)
     if folder:
         work.forget("finished")
-        _write(run, folder, result)
+        _write(run, folder, result, calibration)
         work.write("finished", finished, numbers)
     return result

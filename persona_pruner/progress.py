@@ -13,14 +13,16 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A stage of `total` steps; yields a function to be told how many more are done."""
+        """A stage of `total` steps; yields a function to be told how many more are done. A stage that fails is not
+        reported as done."""
         begun = time.perf_counter()
         self._begin(name, total)
         try:
             yield self._step
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-            self._end(name, self.seconds[name])
+            self._stop()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+        self._end(name, self.seconds[name])
 
     def note(self, text: str) -> None:
         """A line worth reading."""
@@ -28,6 +30,8 @@ class Progress:
     def _begin(self, name: str, total: int) -> None: ...
 
     def _step(self, done: int) -> None: ...
+
+    def _stop(self) -> None: ...
 
     def _end(self, name: str, seconds: float) -> None: ...
 
@@ -56,8 +60,10 @@ class ConsoleProgress(Progress):
         if self.bar is not None:
             self.bar.advance(self.task, done)
 
-    def _end(self, name: str, seconds: float) -> None:
+    def _stop(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+    def _end(self, name: str, seconds: float) -> None:
         self.console.print(f"{name:<32} {seconds:6.1f} s", highlight=False)

@@ -68,7 +68,7 @@ class Character:
 def open_character(
     path: str | Path, base: str | None = None, device: str = "cpu", dtype: str = "auto", dense: bool = False
 ) -> Character:
-    """Opens a sculpt's output folder (its slim checkpoint), a persona file (cut from its base) or a checkpoint folder.
+    """Opens a sculpt's output folder (its checkpoint), a persona file (cut from its base) or a checkpoint folder.
 
     base: the base model, where the one named in the persona file is not wanted; `dense` opens the base itself with
     the persona's prompt. Raises InputError when the path holds none of these.
@@ -79,7 +79,8 @@ def open_character(
     file = None
     if path.is_file() or (path / f"persona{SUFFIX}").exists():
         file = PersonaFile.load(path)
-    slim = path / "slim" if (path / "slim").is_dir() else path
+    kind = saved_config(path).get("settings", {}).get("format", "slim") if path.is_dir() else ""
+    slim = path / kind if (path / kind).is_dir() else path
     if path.is_dir() and not dense and (slim / "config.json").exists():
         model, tokenizer = models.load_model(slim, device, dtype)
     elif file is None:

@@ -18,13 +18,8 @@ class Workspace:
 
     def read(self, name: str, key: str):
         """The JSON value stored under this name for this key, or None."""
-        if self.folder is None or not (path := self.folder / f"{name}.json").exists():
-            return None
-        try:
-            stored = files.read_json(path)
-        except InputError:
-            return None
-        return stored.get("value") if isinstance(stored, dict) and stored.get("key") == key else None
+        stored = _stored(self.folder / f"{name}.json") if self.folder else {}
+        return stored.get("value") if stored.get("key") == key else None
 
     def write(self, name: str, key: str, value) -> None:
         if self.folder is not None:
@@ -66,8 +61,16 @@ class Workspace:
             files.write_file(path, lambda temporary: save_file(plain, temporary, {"key": key}))
 
 
+def _stored(path: Path) -> dict:
+    """{"key", "value"} of a stored value; empty if it is missing or damaged."""
+    try:
+        found = files.read_json(path)
+    except InputError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def stored_held_out(path: str | Path) -> dict | None:
     """{"questions", "answers"} that the sculpt of this output folder or persona file was tested on, if still there."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    file = folder / "stages" / "held_out.json"
-    return files.read_json(file)["value"] if file.exists() else None
+    return _stored(folder / "stages" / "held_out.json").get("value")

@@ -77,8 +77,27 @@ class SimModule:
     def linear24_kernels(self):
         return Same()
 
-    def linear24(self, kernel, grid, threads, shared, w, x, y, bias, row_scale, token_scale, partial, count, m, n,
-                 row_bytes, kind, device, stream):
+    def linear24(
+        self,
+        kernel,
+        grid,
+        threads,
+        shared,
+        w,
+        x,
+        y,
+        bias,
+        row_scale,
+        token_scale,
+        partial,
+        count,
+        m,
+        n,
+        row_bytes,
+        kind,
+        device,
+        stream,
+    ):
         row_blocks, blocks = -(-n // 64), -(-row_bytes // 128)
         splits, size = grid[2] if "prefill" in kernel else grid[1], (4, 2, 2)[kind]
         buffers = [memory(w, row_blocks * blocks * (5120 if "_i8_" in kernel else 4608)), memory(x, m * row_bytes)]

@@ -46,16 +46,31 @@ def test_ties_in_a_long_row_go_to_the_first():
         (1536, 0.5, 64, 768),
         (1536, 0.3, 64, 1088),  # 16.8 steps
         (1536, 0.999, 64, 64),
-        (1536, 0.001, 64, 1536),
+        (1536, 0.0417, 64, 1472),
         (1536, 0.25, 256, 1024),  # 4.5 steps: half-way goes to the even count
         (64, 0.25, 64, 48),  # too narrow for steps of 64
         (100, 0.25, 64, 75),
         (100, 0.999, 64, 1),
-        (1, 0.9, 64, 1),
     ],
 )
 def test_kept_width(width, ratio, multiple, expected):
     assert kept_width(width, ratio, multiple) == expected
+
+
+@pytest.mark.parametrize(
+    "width, ratio, why",
+    [
+        (1536, 0.001, "removes none of 1536 .* a multiple of 64; 0.04167 removes the first 64"),
+        (1536, 0.02, "multiple of 64"),
+        (100, 0.004, "removes none of 100 .* a multiple of 1; 0.01 removes the first 1"),
+        (1, 0.9, "removes none of 1 "),
+    ],
+)
+def test_a_ratio_that_would_remove_nothing(width, ratio, why):
+    with pytest.raises(InputError, match=why):
+        kept_width(width, ratio)
+    with pytest.raises(InputError, match=why):
+        choose([torch.rand(width)], ratio)
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, NAN, INF])
@@ -76,7 +91,7 @@ def test_per_layer_and_global():
         choose(scores, 0.25, "column")
 
 
-@pytest.mark.parametrize("ratio", [0.02, 0.25, 0.5, 0.9, 0.97, 0.999])
+@pytest.mark.parametrize("ratio", [0.2, 0.25, 0.5, 0.9, 0.97, 0.999])
 @pytest.mark.parametrize("width, multiple", [(256, 64), (300, 64), (64, 1)])
 def test_global_keeps_as_many_and_a_floor(ratio, width, multiple):
     generator = torch.Generator().manual_seed(0)

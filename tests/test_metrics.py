@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics
 from persona_pruner.evaluation.metrics import dense_reference, fidelity, text_nll
 from persona_pruner.formats.slim import slim_copy
@@ -69,3 +70,13 @@ def test_text_nll_is_the_models_own_loss(family):
     want = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
     assert text_nll(model, texts) == pytest.approx(want, rel=1e-5)
     assert text_nll(model, [*texts, [7]]) == pytest.approx(want, rel=1e-5)  # one token predicts nothing
+
+
+def test_nothing_to_measure_on():
+    model, empty = tiny_model(), [type(tiny_examples(1)[0])([5, 6], [])]
+    for examples in ([], empty):
+        with pytest.raises(InputError, match="no held-out answers"):
+            dense_reference(model, examples)
+    for texts in ([], [[7], []]):
+        with pytest.raises(InputError, match="no text of at least two tokens"):
+            text_nll(model, texts)

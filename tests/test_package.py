@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "persona_pruner"
 # Each unit (a module or a folder of the package) imports from lines above its own, or from itself.
 ORDER = [
-    {"errors", "packed_attention", "__version__"},
-    {"files", "config", "persona"},
+    {"errors", "__version__"},
+    {"prefix_attention", "files", "config", "persona"},
     {"models", "packing", "progress"},
     {"ops"},
     {"nn"},
-    {"synthesis", "search", "formats", "fleet"},
+    {"synthesis", "search", "formats", "fleet", "compat"},
     {"runtime", "workspace", "doctor", "testing"},
     {"evaluation"},
     {"report"},

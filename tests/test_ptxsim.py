@@ -209,8 +209,16 @@ def test_integer_semantics():
     x, y, u, v = a.astype(np.int64), b.astype(np.int64), a.view(np.uint32).astype(np.int64), b.astype(np.int64)
     quotient = np.abs(x) // y * np.sign(x)
     bits = [f"{n:b}" for n in u]
-    want = [quotient, x - quotient * y, u // v, x * y >> 32, [s.count("1") for s in bits],
-            [32 - len(s) if n else 32 for s, n in zip(bits, u, strict=True)], x >> (v & 31), np.maximum(u, v)]
+    want = [
+        quotient,
+        x - quotient * y,
+        u // v,
+        x * y >> 32,
+        [s.count("1") for s in bits],
+        [32 - len(s) if n else 32 for s, n in zip(bits, u, strict=True)],
+        x >> (v & 31),
+        np.maximum(u, v),
+    ]
     assert (out.view(np.uint32) == np.array(want).astype(np.uint32)).all()
 
 
@@ -272,7 +280,7 @@ def test_counters():
     assert t.arg(0).load.efficiency == 1.0 and t.arg(0).unique_read == 4 * n and t.arg(0).reread == 1.0
     assert t.arg(2).store.widths == {4: n} and t.arg(2).unique_write == 4 * n
     t = launch("add", 8, 128, [(a, 4), (b, 4), (c, 4), n - 1], traffic=True).traffic
-    assert t.arg(0).load.efficiency < 0.85                      # every request straddles one more sector
+    assert t.arg(0).load.efficiency < 0.85  # every request straddles one more sector
     x, y = np.zeros((32, 32), np.uint32), np.zeros(128, np.uint32)
     for name, factor in (("ldm_swizzled", 1.0), ("ldm_plain", 8.0)):
         assert launch(name, 1, 32, [x, y], traffic=True).traffic.shared["ldmatrix"].conflicts == factor

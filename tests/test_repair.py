@@ -124,3 +124,16 @@ def test_low_precision(packs):
     for down, oracle in zip(downs, wide, strict=True):
         assert down.dtype == torch.bfloat16
         assert (down.float() - oracle).norm() < 0.1 * oracle.norm()
+
+
+def test_float16_sums_do_not_overflow(packs):
+    model = tiny_model(dtype=torch.float16, mlp_bias=False)
+    with torch.no_grad():
+        for mlp in models.gated_mlps(model):
+            mlp.up_proj.weight.mul_(256)
+            mlp.down_proj.weight.div_(256)
+    got = grams(model, packs, [0])[0]
+    inputs, weight = inputs_of(model, packs)
+    want = inputs[0].double().T @ (inputs[0].double() * weight[:, None])
+    assert want.abs().max() > 10 * torch.finfo(torch.float16).max
+    torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())

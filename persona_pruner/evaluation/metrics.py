@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from persona_pruner.errors import InputError
 from persona_pruner.packing import Example, Pack, answer_states, chunks, logits, pack, text_packs
 
 BUDGET = 1536
@@ -52,7 +53,9 @@ def _device(model: nn.Module) -> torch.device:
 
 @torch.inference_mode()
 def dense_reference(model: nn.Module, examples: Sequence[Example]) -> Reference:
-    """Runs the dense model on held-out examples; `fidelity` compares others with it."""
+    """Runs the dense model on held-out examples, for `fidelity`. Raises InputError without answers."""
+    if not any(example.answer for example in examples):
+        raise InputError("there are no held-out answers to measure on")
     packs = [batch.to(_device(model)) for batch in pack(examples, BUDGET)]
     states = [answer_states(model, batch) for batch in packs]
     total = sum(_log_probs(model, s, b.target, None)[0] for s, b in zip(states, packs, strict=True))
@@ -72,10 +75,13 @@ def fidelity(model: nn.Module, reference: Reference, step: Callable[[int], None]
 
 @torch.inference_mode()
 def text_nll(model: nn.Module, sequences: Sequence[list[int]]) -> float:
-    """Mean NLL per token (nats) of plain texts, given as token ids: general ability."""
+    """Mean NLL per token (nats) of plain texts, given as token ids: general ability. Raises InputError where no text
+    has two tokens."""
     total = tokens = 0
     for batch in text_packs(sequences):
         batch = batch.to(_device(model))
         total += _log_probs(model, answer_states(model, batch), batch.target, None)[0]
         tokens += len(batch.target)
+    if not tokens:
+        raise InputError("there is no text of at least two tokens to measure on")
     return total / tokens

@@ -83,6 +83,8 @@ def slim_(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
     Raises InputError when a mask has the wrong length or keeps nothing.
     """
     mlps = models.gated_mlps(model)
+    if not all(type(part) is nn.Linear for mlp in mlps for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+        raise InputError("channels can be cut out of dense layers only; cut first, then pack")
     if [len(mask) for mask in masks] != models.widths(model):
         raise InputError(
             f"the masks fit widths {sorted({len(m) for m in masks})}, the model has {sorted(set(models.widths(model)))}"
@@ -102,5 +104,6 @@ def slim_(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
 
 
 def ffn_bytes(model: nn.Module) -> int:
-    """Bytes of all FFN weights."""
-    return sum(p.numel() * p.element_size() for mlp in models.gated_mlps(model) for p in mlp.parameters())
+    """Bytes of all FFN weights, packed ones as they are stored."""
+    tensors = (t for mlp in models.gated_mlps(model) for t in [*mlp.parameters(), *mlp.buffers()])
+    return sum(t.numel() * t.element_size() for t in tensors)

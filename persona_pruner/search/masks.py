@@ -18,9 +18,18 @@ def check_ratio(ratio: float) -> float:
 
 
 def kept_width(width: int, ratio: float, multiple: int = MULTIPLE) -> int:
-    """Channels to keep of `width`, rounded to the nearest multiple (any number for widths that are none themselves)."""
+    """Channels to keep of `width`, rounded to the nearest multiple (any number for widths that are none themselves).
+
+    Raises InputError for a ratio outside (0, 1), or so small that nothing would be removed.
+    """
     step = multiple if width % multiple == 0 and width >= 4 * multiple else 1
-    return min(width, max(step, round(width * (1 - check_ratio(ratio)) / step) * step))
+    keep = max(step, round(width * (1 - check_ratio(ratio)) / step) * step)
+    if keep >= width:
+        raise InputError(
+            f"ratio {ratio} removes none of {width} channels, whose number stays a multiple of {step}; "
+            f"{step / width:.4g} removes the first {step}"
+        )
+    return keep
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:

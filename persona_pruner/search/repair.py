@@ -30,6 +30,7 @@ def grams(
 
     def add(index: int, h: Tensor) -> None:
         rows = h.reshape(-1, h.shape[-1]) * weight
+        rows = rows.float() if rows.dtype == torch.float16 else rows  # squares pass 65,504 easily
         sums[index] += (rows.T @ rows).float()
 
     hooks = [mlps[i].down_proj.register_forward_pre_hook(lambda _, args, i=i: add(i, args[0])) for i in layers]

@@ -19,18 +19,24 @@ def _zeros(model: nn.Module) -> list[Tensor]:
     return [torch.zeros(width, dtype=torch.float32, device=device) for width in models.widths(model)]
 
 
-def _everything(model: nn.Module) -> list[Tensor]:
+def everything(model: nn.Module) -> list[Tensor]:
+    """Masks that drop nothing."""
     return [torch.ones_like(zeros, dtype=torch.bool) for zeros in _zeros(model)]
 
 
 @dataclass
 class Context:
-    """What a score may look at: the frozen model, packed calibration data, a seed, and whom to tell of progress."""
+    """What a score may look at: the frozen model, packed calibration data, a seed, and whom to tell of progress.
+
+    `seen` is handed the final hidden states [A, hidden] of every pack that a gradient score runs, which are the dense
+    targets of the search: it need not run the dense model again for them.
+    """
 
     model: nn.Module
     packs: Sequence[Pack] = ()
     seed: int = 0
     step: Callable[[int], None] = lambda done: None
+    seen: Callable[[Pack, Tensor], None] = lambda batch, states: None
 
 
 def random(context: Context) -> list[Tensor]:
@@ -83,10 +89,11 @@ def _gradient_scores(context: Context, sampled: bool) -> tuple[list[Tensor], lis
     taylor, fisher = _zeros(context.model), _zeros(context.model)
     device = taylor[0].device
     generator = torch.Generator(device).manual_seed(context.seed)
-    with masked(context.model, _everything(context.model), taylor, fisher):
+    with masked(context.model, everything(context.model), taylor, fisher):
         for batch in context.packs:
             batch = batch.to(device)
             states = answer_states(context.model, batch)
+            context.seen(batch, states.detach())
             if sampled:
                 loss = sampled_cross_entropy(context.model, states, generator)
             else:

@@ -16,6 +16,7 @@ from persona_pruner.nn import masked
 from persona_pruner.packing import Example, Pack, answer_states, pack
 from persona_pruner.search import masks as choice
 from persona_pruner.search.losses import cross_entropy, divergence
+from persona_pruner.search.scores import everything
 
 LOSSES = ("kl", "ce")
 
@@ -86,18 +87,34 @@ def batches(examples: Sequence[Example], budget: int, seed: int) -> Iterator[tup
         epoch += 1
 
 
-@torch.inference_mode()
+class Targets:
+    """Dense final hidden states [answer tokens, hidden] of every example, in the model's dtype: what KL is taken to."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.lengths = [len(example.answer) for example in examples]
+        self.states: list[Tensor | None] = [None] * len(examples)
+
+    def add(self, batch: Pack, states: Tensor) -> None:
+        """Takes the states [A, hidden] of a pack of the examples."""
+        for row, part in zip(batch.rows, states.split([self.lengths[row] for row in batch.rows]), strict=True):
+            self.states[row] = part.clone()
+
+    def complete(self) -> bool:
+        return all(state is not None for state in self.states)
+
+
+@torch.no_grad()
 def teacher_states(
     model: nn.Module, examples: Sequence[Example], budget: int, step: Callable[[int], None] = lambda done: None
 ) -> list[Tensor]:
-    """Dense final hidden states [answer tokens, hidden] of every example, in the model's dtype: the targets."""
-    out: list[Tensor] = [torch.empty(0)] * len(examples)
-    for batch in pack(examples, budget):
-        states = answer_states(model, batch.to(model.get_input_embeddings().weight.device))
-        for row, part in zip(batch.rows, states.split([len(examples[row].answer) for row in batch.rows]), strict=True):
-            out[row] = part.clone()
-        step(1)
-    return out
+    """The states of `Targets` by a pass of the dense model, bit for bit those that a gradient score sees."""
+    targets = Targets(examples)
+    with masked(model, everything(model)):
+        for batch in pack(examples, budget):
+            batch = batch.to(model.get_input_embeddings().weight.device)
+            targets.add(batch, answer_states(model, batch))
+            step(1)
+    return targets.states
 
 
 def search(

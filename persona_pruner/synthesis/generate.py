@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from persona_pruner.packing import additive_masks, common_prefix, logits, sliding_window
+from persona_pruner.packing import common_prefix, logits
+from persona_pruner.prefix_attention import BatchLayout, prefix_attention, unused_mask
 
 
 def _next(scores: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -14,13 +15,6 @@ def _next(scores: torch.Tensor, temperature: float, top_k: int, generator: torch
     best, ids = scores.topk(min(top_k, scores.shape[-1]))
     chosen = torch.multinomial(torch.softmax(best / temperature, -1), 1, generator=generator)
     return ids.gather(1, chosen)[:, 0]
-
-
-def _masks(model: nn.Module, attend: torch.Tensor, position: torch.Tensor):
-    """Attention masks by position: transformers counts a window in cache slots, and rows have padding in the middle."""
-    keys = (attend.cumsum(-1) - 1)[:, None, None, :]
-    distance = position[:, None, :, None] - keys
-    return additive_masks(model, (attend[:, None, None, :] != 0) & (distance >= 0), distance)
 
 
 @torch.inference_mode()
@@ -35,43 +29,42 @@ def generate_batch(
 ) -> list[list[int]]:
     """One continuation of each prompt, end-of-turn token included where the model wrote one.
 
-    The shared start is computed once and its keys and values are copied to every row; a row that has ended leaves
-    the batch, so a step costs what is still being written. Sampling from the `top_k` best tokens avoids
-    a sort or a random number for each of the whole vocabulary (a third of a step on a small model).
-    temperature 0 is greedy.
+    The shared start is computed once and read once a step for all rows; a row that has ended leaves the batch, so
+    a step costs what is still being written. Sampling from the `top_k` best tokens avoids a sort or a random number
+    for each word of the vocabulary (a third of a step on a small model). temperature 0 is greedy.
     """
     from persona_pruner.synthesis.cache import growing_cache
 
-    device = model.get_input_embeddings().weight.device
+    device, decoder = model.get_input_embeddings().weight.device, model.get_decoder()
     generator = torch.Generator(device).manual_seed(seed)
     prefix = common_prefix(prompts)
     longest = max(len(p) for p in prompts) - prefix
     ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    attend = torch.ones(len(prompts), prefix + longest, dtype=torch.long, device=device)
+    position = torch.arange(prefix, prefix + longest, device=device).repeat(len(prompts), 1)
     for row, prompt in enumerate(prompts):
         own = torch.tensor(list(prompt[prefix:]), device=device)
         ids[row, longest - len(own) :] = own
-        attend[row, prefix : prefix + longest - len(own)] = 0
-
-    decoder, cache = model.get_decoder(), growing_cache(model)
+        position[row] -= longest - len(own)  # padding stands before the prefix's end, where no one looks
+    shared = []
     if prefix:
-        decoder(
-            input_ids=torch.tensor([list(prompts[0][:prefix])], device=device), past_key_values=cache, use_cache=True
-        )
-        cache.batch_repeat_interleave(len(prompts))
-    position = (attend.cumsum(-1) - 1).clamp_(min=0)[:, prefix:]
-    windowed = sliding_window(model) is not None
+        start = growing_cache(model)
+        decoder(input_ids=torch.tensor([prompts[0][:prefix]], device=device), past_key_values=start, use_cache=True)
+        shared = [(layer.keys[0], layer.values[0]) for layer in start.layers]
+
+    cache, seen = growing_cache(model), position
     rows = torch.arange(len(prompts), device=device)
     ends = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     texts: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
-        out = decoder(
-            input_ids=ids,
-            position_ids=position,
-            attention_mask=_masks(model, attend, position) if windowed else attend,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with prefix_attention(decoder):
+            out = decoder(
+                input_ids=ids,
+                position_ids=position.clamp(min=0),
+                attention_mask=unused_mask(decoder),
+                layout=BatchLayout(shared, position, seen),
+                past_key_values=cache,
+                use_cache=True,
+            )
         token = _next(logits(model, out.last_hidden_state[:, -1]), temperature, top_k, generator)
         for row, value in zip(rows.tolist(), token.tolist(), strict=True):
             texts[row].append(value)
@@ -81,9 +74,9 @@ def generate_batch(
         if not going.all():
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows, token, attend, position = rows[keep], token[keep], attend[keep], position[keep]
+            rows, token, seen, position = rows[keep], token[keep], seen[keep], position[keep]
         ids, position = token[:, None], position[:, -1:] + 1
-        attend = torch.cat([attend, attend.new_ones(len(rows), 1)], 1)
+        seen = torch.cat([seen, position], 1)
     return texts
 
 

@@ -1,4 +1,5 @@
 """Loads, stores, atomics and cp.async."""
+
 import re
 
 import numpy as np
@@ -9,8 +10,30 @@ from .isa import SINK, SIZES, STORAGE, Addr, Reg, Sym, Vec
 from .operands import I64, INT, dst, need, op, raw
 
 HINTS = re.compile(r"^(L1::|L2::|level::|evict|unified|cache_hint)")
-CACHE = {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "volatile", "relaxed", "acquire", "release",
-         "acq_rel", "sc", "cta", "gpu", "sys", "cluster", "mmio", "uni", "noftz"}
+CACHE = {
+    "ca",
+    "cg",
+    "cs",
+    "lu",
+    "cv",
+    "wb",
+    "wt",
+    "nc",
+    "weak",
+    "volatile",
+    "relaxed",
+    "acquire",
+    "release",
+    "acq_rel",
+    "sc",
+    "cta",
+    "gpu",
+    "sys",
+    "cluster",
+    "mmio",
+    "uni",
+    "noftz",
+}
 SPACES = {"global", "shared", "local", "const", "param"}
 
 
@@ -86,8 +109,9 @@ def _ld(ins):
         def ldp(C, m):
             v = C.params[sl].view(STORAGE[size])
             for j, w in enumerate(ws):
-                x = v[j:j + 1]
+                x = v[j : j + 1]
                 w(C, m, x.view(sdt) if signed else x)
+
         return ldp
 
     def f(C, m):
@@ -101,6 +125,7 @@ def _ld(ins):
                 full[t] = v
                 v = full
             w(C, m, v.view(sdt) if signed else v)
+
     return f
 
 
@@ -123,6 +148,7 @@ def _st(ins):
         C.store(ins, space, ad, t, size, vals)
         if C.traffic is not None:
             C.traffic.access(C, "store", space, ad, t, size * len(vals))
+
     return f
 
 
@@ -191,6 +217,7 @@ def _atomic(ins, has_dst):
                 w(C, m, full)
         if C.traffic is not None:
             C.traffic.access(C, "atomic", space, ad, t, size * len(src))
+
     return f
 
 
@@ -211,8 +238,10 @@ def _cp(ins):
     if p[1] != "async":
         raise Unsupported(ins.text)
     if p[2] == "commit_group":
+
         def commit(C, m):
             C.cp_commit = C.cp_commit + (1 if m is None else m.astype(np.int64))
+
         return commit
     if p[2] in ("wait_group", "wait_all"):
         n = ins.operands[0].value if p[2] == "wait_group" else None
@@ -251,4 +280,5 @@ def _cp(ins):
         C.cp_async(ins, dsta, srca, t, size, ns)
         if C.traffic is not None:
             C.traffic.cp_async(dsta, srca, t, size, ns)
+
     return f

@@ -1,4 +1,5 @@
 """Integer and float arithmetic, special functions."""
+
 import numpy as np
 
 from . import fp
@@ -24,8 +25,9 @@ def _addsubmul(ins):
         if wide_float(ty, k["mode"]):
             return lambda C, m: w(C, m, fn(ga(C).astype(F64), gb(C).astype(F64)))
         if ty == "f64" and k["mode"] != "rn":
-            return lambda C, m: w(C, m, fp.round_to(fn(ga(C).astype(np.longdouble), gb(C).astype(np.longdouble)),
-                                                    F64, k["mode"]))
+            return lambda C, m: w(
+                C, m, fp.round_to(fn(ga(C).astype(np.longdouble), gb(C).astype(np.longdouble)), F64, k["mode"])
+            )
         return lambda C, m: w(C, m, fn(ga(C), gb(C)))
     if name == "mul":
         return _imul(ins, mods, ty, None)
@@ -37,7 +39,7 @@ def _addsubmul(ins):
     w = dst(d, ty)
     ga, gb = isrc(a, ty), isrc(b, ty)
     if "sat" in mods:
-        return lambda C, m: w(C, m, np.clip(fn(ga(C).astype(I64), gb(C).astype(I64)), -2**31, 2**31 - 1).astype(I32))
+        return lambda C, m: w(C, m, np.clip(fn(ga(C).astype(I64), gb(C).astype(I64)), -(2**31), 2**31 - 1).astype(I32))
     return lambda C, m: w(C, m, fn(ga(C), gb(C)))
 
 
@@ -74,19 +76,23 @@ def _imul(ins, mods, ty, acc):
 
         def mul(C):
             return ga(C).astype(wd) * gb(C).astype(wd)
+
         ty = wt
     elif "hi" in mods:
+
         def mul(C):
             return mulhi(*np.broadcast_arrays(ga(C), gb(C)))
     else:
+
         def mul(C):
             return ga(C) * gb(C)
+
     w = dst(d, ty)
     if acc is None:
         return lambda C, m: w(C, m, mul(C))
     gc = isrc(acc, ty)
     if "sat" in mods:
-        return lambda C, m: w(C, m, np.clip(mul(C).astype(I64) + gc(C), -2**31, 2**31 - 1).astype(I32))
+        return lambda C, m: w(C, m, np.clip(mul(C).astype(I64) + gc(C), -(2**31), 2**31 - 1).astype(I32))
     return lambda C, m: w(C, m, mul(C) + gc(C))
 
 
@@ -149,6 +155,7 @@ def _rem(ins):
     def f(C, m):
         x, y = np.broadcast_arrays(ga(C), gb(C))
         w(C, m, x - idiv(x, y) * y)
+
     return f
 
 
@@ -180,12 +187,13 @@ def _minmax(ins):
             r = v[0]
             for y in v[1:]:
                 t = base(r, y)
-                z = (r == 0) & (y == 0)                 # -0 < +0
+                z = (r == 0) & (y == 0)  # -0 < +0
                 if z.any():
                     zz = (np.signbit(r) | np.signbit(y)) if ismin else (np.signbit(r) & np.signbit(y))
                     t = np.where(z, np.where(zz, t.dtype.type(-0.0), t.dtype.type(0)), t)
                 r = t
             w(C, m, r)
+
         return f
     need(ins, mods, {"relu"})
     fn = np.minimum if ismin else np.maximum
@@ -198,6 +206,7 @@ def _minmax(ins):
             if "relu" in mods:
                 r = np.maximum(r, 0)
             w(C, m, np.ascontiguousarray(r).view(U32).reshape(-1))
+
         return fx2
     w, ga, gb = dst(d, ty), isrc(a, ty), isrc(b, ty)
     if "relu" in mods:
@@ -213,8 +222,15 @@ def _absneg(ins):
     if ty in fp.FLOATS:
         need(ins, mods, {"ftz"})
         w, g = dst(d, ty), raw(a, ty)
-        one = {"f16": 1 << 15, "bf16": 1 << 15, "f32": 1 << 31, "f64": 1 << 63, "f16x2": 0x80008000,
-               "bf16x2": 0x80008000, "f32x2": 0x8000000080000000}[ty]
+        one = {
+            "f16": 1 << 15,
+            "bf16": 1 << 15,
+            "f32": 1 << 31,
+            "f64": 1 << 63,
+            "f16x2": 0x80008000,
+            "bf16x2": 0x80008000,
+            "f32x2": 0x8000000080000000,
+        }[ty]
         dt = rawdt(ty)
         sign, keep = dt.type(one), dt.type(~one & ((1 << (8 * dt.itemsize)) - 1))
         ld = (lambda C: fp.store(ty, fp.flush(fp.load(ty, g(C))))) if "ftz" in mods else g
@@ -232,6 +248,7 @@ def _unary(fn):
         d, a = ins.operands
         w, g = fdst(d, ty, **k), fsrc(a, ty, k["ftz"])
         return lambda C, m: w(C, m, fn(g(C).astype(F64)))
+
     return build
 
 
@@ -250,4 +267,4 @@ def _copysign(ins):
     d, a, b = ins.operands
     ty = ins.parts[-1]
     w, ga, gb = fdst(d, ty), fsrc(a, ty), fsrc(b, ty)
-    return lambda C, m: w(C, m, np.copysign(gb(C), ga(C)))      # sign of a, magnitude of b
+    return lambda C, m: w(C, m, np.copysign(gb(C), ga(C)))  # sign of a, magnitude of b

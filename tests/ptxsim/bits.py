@@ -1,4 +1,5 @@
 """Logic, shifts, bit fields, byte permutes, comparisons and selects."""
+
 import numpy as np
 
 from . import fp
@@ -44,6 +45,7 @@ def _shift(ins):
             if dt.kind == "u":
                 r = np.where(s > lim, dt.type(0), r)
         w(C, m, r)
+
     if isinstance(b, Imm) and 0 <= b.value < bits:
         c = dt.type(b.value)
         if left:
@@ -64,6 +66,7 @@ def _shf(ins):
         s = (s & U32.type(31) if mode == "wrap" else np.minimum(s, U32.type(32))).astype(U64)
         r = ((v << s) >> U64.type(32)) if direction == "l" else (v >> s)
         w(C, m, r.astype(U32))
+
     return f
 
 
@@ -95,6 +98,7 @@ def _bfe(ins):
         sign = x >> dt.type(bits - 1)
         r = np.where(pos >= bits, sign, r)
         w(C, m, np.where(ln == 0, dt.type(0), r))
+
     return f
 
 
@@ -113,6 +117,7 @@ def _bfi(ins):
         sh = np.minimum(pos, bits - 1).astype(dt)
         mask = np.where(ln == 0, dt.type(0), mask << sh)
         w(C, m, (gb(C) & ~mask) | ((ga(C) << sh) & mask))
+
     return f
 
 
@@ -130,8 +135,11 @@ def clz(x):
 
 
 def popc(x):
-    return np.bitwise_count(x).astype(U32) if hasattr(np, "bitwise_count") else \
-        np.unpackbits(np.ascontiguousarray(x).view(U8).reshape(len(x), -1), axis=1).sum(1).astype(U32)
+    return (
+        np.bitwise_count(x).astype(U32)
+        if hasattr(np, "bitwise_count")
+        else np.unpackbits(np.ascontiguousarray(x).view(U8).reshape(len(x), -1), axis=1).sum(1).astype(U32)
+    )
 
 
 @op("popc", "clz")
@@ -158,6 +166,7 @@ def _bfind(ins):
         lz = clz(x.view(STORAGE[SIZES[ty]]))
         r = lz if shiftamt else U32.type(bits - 1) - lz
         w(C, m, np.where(lz == bits, U32.type(0xFFFFFFFF), r))
+
     return f
 
 
@@ -172,6 +181,7 @@ def _brev(ins):
         b = x.view(U8).reshape(len(x), -1)[:, ::-1]
         r = np.packbits(np.unpackbits(np.ascontiguousarray(b), axis=1, bitorder="little"), axis=1, bitorder="big")
         w(C, m, np.ascontiguousarray(r).view(x.dtype).reshape(-1))
+
     return f
 
 
@@ -193,6 +203,7 @@ def _prmt(ins):
             byte = np.where(n >> U64.type(3), sign, byte)
             r = r | (byte << U64.type(8 * i))
         w(C, m, r.astype(U32))
+
     return f
 
 
@@ -219,12 +230,23 @@ def _lop3(ins):
             nz = (nz | q(C)) if boolop == "or" else (nz & q(C))
             pd(C, m, nz)
         w(C, m, r)
+
     return f
 
 
 # ---------------------------------------------------------------- compare and select
-CMP = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-       "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
+CMP = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+}
 
 
 def compare(cmp, x, y):
@@ -262,10 +284,12 @@ def _setp(ins):
     ga, gb = _cmp_operands(ins, mods, ty)
     gc = raw(ins.operands[3], "pred") if bop else None
     if ty in ("f16x2", "bf16x2"):
+
         def fx2(C, m):
             r = compare(cmp, ga(C), gb(C))
             for w, t in ((wp, r[:, 0]), (wq, r[:, 1])):
                 w(C, m, bop(t, gc(C)) if bop else t.copy())
+
         return fx2
 
     def f(C, m):
@@ -279,6 +303,7 @@ def _setp(ins):
             u = bop(~t, c)
             wp(C, m, bop(t, c))
             wq(C, m, u)
+
     return f
 
 

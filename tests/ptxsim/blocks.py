@@ -1,4 +1,5 @@
 """Instruction lists to basic blocks of closures; warp-wide instructions and barriers start blocks of their own."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,17 +18,18 @@ class Block:
     fns: list
     nins: int
     next: int
-    term: str = ""             # "", bra, brx, exit, bar
-    ins: object = None         # terminator
-    pred: object = None        # getter of terminator predicate
-    park: object = None        # parking instruction at the start of this block
+    term: str = ""  # "", bra, brx, exit, bar
+    ins: object = None  # terminator
+    pred: object = None  # getter of terminator predicate
+    park: object = None  # parking instruction at the start of this block
     park_pred: object = None
-    park_mask: object = None   # getter of its membermask (None: whole warp)
+    park_mask: object = None  # getter of its membermask (None: whole warp)
 
 
 def unsupported(ins, e):
     def f(C, m):
         raise Unsupported(f"unsupported instruction: {ins.text} (ptx line {ins.line}): {e}")
+
     return f
 
 
@@ -38,8 +40,16 @@ def compile_ins(ins):
         if name not in BUILDERS:
             raise Unsupported("no such instruction in ptxsim")
         inner = BUILDERS[name](ins)
-    except (Unsupported, KeyError, ValueError, NotImplementedError, AttributeError, IndexError, TypeError,
-            StopIteration) as e:
+    except (
+        Unsupported,
+        KeyError,
+        ValueError,
+        NotImplementedError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        StopIteration,
+    ) as e:
         error = e
         inner = unsupported(ins, e)
     f = inner
@@ -55,6 +65,7 @@ def compile_ins(ins):
                 inner(C, None)
             elif k:
                 inner(C, p)
+
         f = predicated
     f.ins, f.error = ins, error
     return f
@@ -117,7 +128,7 @@ def build_blocks(code):
                     b.park, b.park_pred, b.park_mask = ins, pred_getter(ins), membermask(ins)
                 b.fns.append((lambda C, m: None) if ins.op.startswith("bar.warp") else compile_ins(ins))
         blocks[start] = b
-    if n not in blocks:                                    # falling off the end exits
+    if n not in blocks:  # falling off the end exits
         blocks[n] = Block(n, [], 0, n, "exit")
     return blocks
 
@@ -134,7 +145,15 @@ def decode_barrier(ins):
         redop, ty = next(x for x in p if x in ("popc", "and", "or")), p[-1]
         d = o.pop(0)
         pr = o.pop(-1)
-        return dict(kind="red", id=raw(o[0], "u32"), count=raw(o[1], "u32") if len(o) > 1 else None, redop=redop,
-                    dst=dst(d, ty), pred=raw(pr, "pred"), aligned=aligned)
-    return dict(kind=kind, id=raw(o[0], "u32") if o else None, count=raw(o[1], "u32") if len(o) > 1 else None,
-                aligned=aligned)
+        return dict(
+            kind="red",
+            id=raw(o[0], "u32"),
+            count=raw(o[1], "u32") if len(o) > 1 else None,
+            redop=redop,
+            dst=dst(d, ty),
+            pred=raw(pr, "pred"),
+            aligned=aligned,
+        )
+    return dict(
+        kind=kind, id=raw(o[0], "u32") if o else None, count=raw(o[1], "u32") if len(o) > 1 else None, aligned=aligned
+    )

@@ -1,4 +1,5 @@
 """Compile CUDA C++ (nvcc) and Triton kernels to PTX."""
+
 import os
 import shutil
 import subprocess
@@ -54,15 +55,22 @@ def compile_triton(fn, signature, constexprs=None, arch=80, num_warps=4, num_sta
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
     names = list(signature)
     constexprs = dict(constexprs or {})
     if attrs == "auto":
-        attrs = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(names)
-                 if signature[k] != "constexpr" and (signature[k].startswith("*") or signature[k] == "i32")}
+        attrs = {
+            (i,): [["tt.divisibility", 16]]
+            for i, k in enumerate(names)
+            if signature[k] != "constexpr" and (signature[k].startswith("*") or signature[k] == "i32")
+        }
     sig = dict(signature)
     for k in constexprs:
         sig.setdefault(k, "constexpr")
     src = ASTSource(fn=fn, signature=sig, constexprs=constexprs, attrs=attrs)
-    c = triton.compile(src, target=GPUTarget("cuda", int(arch), 32),
-                       options=dict(num_warps=num_warps, num_stages=num_stages, **options))
+    c = triton.compile(
+        src,
+        target=GPUTarget("cuda", int(arch), 32),
+        options=dict(num_warps=num_warps, num_stages=num_stages, **options),
+    )
     return TritonKernel(c)

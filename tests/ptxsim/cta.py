@@ -7,6 +7,7 @@ instructions park a partial warp until the required lanes arrive, barriers
 block threads until their count is complete. When nothing can run the launch
 fails with a deadlock report.
 """
+
 import numpy as np
 
 from .blocks import WHOLE_WARP
@@ -26,7 +27,7 @@ class CTA(Memory):
         self.tids = np.arange(n)
         self.params, self.param_addr = L.params, L.param_addr
         self.G, self.cache, self.nins = L.G, L.cache, 0
-        self.traffic = L.traffic       # traffic.Counter or None
+        self.traffic = L.traffic  # traffic.Counter or None
         self.R = list(L.reg_init)
         self.S = Arena("shared", L.shared_end + 1024, 0xFF)
         for name, a, size in self.K.static_shared:
@@ -69,14 +70,23 @@ class CTA(Memory):
             return one * self.ctaid[k]
         if base == "nctaid":
             return one * self.L.grid[k]
-        shifted = (np.uint64(1) << lane.astype(U64))
-        table = {"laneid": lane, "warpid": t // 32, "nwarpid": one * self.nwarps, "smid": one * 0, "nsmid": one,
-                 "gridid": one * 0, "lanemask_eq": shifted, "lanemask_lt": shifted - np.uint64(1),
-                 "lanemask_le": (shifted << np.uint64(1)) - np.uint64(1),
-                 "lanemask_gt": np.uint64(0xFFFFFFFF) ^ ((shifted << np.uint64(1)) - np.uint64(1)),
-                 "lanemask_ge": np.uint64(0xFFFFFFFF) ^ (shifted - np.uint64(1)),
-                 "dynamic_smem_size": one * self.L.dyn_shared, "total_smem_size": one * self.L.shared_end,
-                 "aggr_smem_size": one * self.L.shared_end}
+        shifted = np.uint64(1) << lane.astype(U64)
+        table = {
+            "laneid": lane,
+            "warpid": t // 32,
+            "nwarpid": one * self.nwarps,
+            "smid": one * 0,
+            "nsmid": one,
+            "gridid": one * 0,
+            "lanemask_eq": shifted,
+            "lanemask_lt": shifted - np.uint64(1),
+            "lanemask_le": (shifted << np.uint64(1)) - np.uint64(1),
+            "lanemask_gt": np.uint64(0xFFFFFFFF) ^ ((shifted << np.uint64(1)) - np.uint64(1)),
+            "lanemask_ge": np.uint64(0xFFFFFFFF) ^ (shifted - np.uint64(1)),
+            "dynamic_smem_size": one * self.L.dyn_shared,
+            "total_smem_size": one * self.L.shared_end,
+            "aggr_smem_size": one * self.L.shared_end,
+        }
         if base in table:
             return table[base]
         if name == "WARP_SZ":
@@ -100,7 +110,6 @@ class CTA(Memory):
                 return f"{n}+{b - s}"
         return hex(b)
 
-
     # ------------------------------------------------ scheduling
     def run(self):
         L, n = self.L, self.n
@@ -108,13 +117,13 @@ class CTA(Memory):
         self.ready, self.parked, self.bars, self.since = {}, {}, {}, {}
         ready = self.ready
         self.add(0, None if self.nreal == n else self.alive.copy())
-        spins = 0                     # backward jumps while other groups wait (spin loops)
+        spins = 0  # backward jumps while other groups wait (spin loops)
         while True:
             if not ready and not self.unblock():
                 break
             pc = min(ready)
             limit, quantum = -1, 1 << 60
-            if spins > 256 and len(ready) > 1:            # fairness: run the group that waited longest
+            if spins > 256 and len(ready) > 1:  # fairness: run the group that waited longest
                 pc = min(ready, key=lambda p: self.since.get(p, 0))
                 limit, quantum, spins = 1 << 60, 300, 0
             m = ready.pop(pc)
@@ -142,8 +151,12 @@ class CTA(Memory):
                 if traffic is not None:
                     traffic.block(self, b, m)
                 if self.nins > L.max_instr:
-                    raise self.error("limit", f"more than {L.max_instr} instructions in one CTA (endless loop?)",
-                                     b.ins, self.active(m)[0])
+                    raise self.error(
+                        "limit",
+                        f"more than {L.max_instr} instructions in one CTA (endless loop?)",
+                        b.ins,
+                        self.active(m)[0],
+                    )
                 t = b.term
                 if t == "":
                     pc = b.next
@@ -259,8 +272,12 @@ class CTA(Memory):
         if b.park.parts[0] in WHOLE_WARP:
             dead = e.any(1) & ~alive.all(1)
             if dead.any():
-                raise self.error("ub", "warp-wide matrix instruction in a warp with exited or missing threads", b.park,
-                                 int(np.flatnonzero(dead)[0]) * 32)
+                raise self.error(
+                    "ub",
+                    "warp-wide matrix instruction in a warp with exited or missing threads",
+                    b.park,
+                    int(np.flatnonzero(dead)[0]) * 32,
+                )
         if short.any():
             hold = full & np.repeat(short, 32)
             self.parked[b.pc] = hold
@@ -274,7 +291,7 @@ class CTA(Memory):
         if d["kind"] == "unsupported":
             raise Unsupported(f"unsupported instruction: {ins.text} (ptx line {ins.line})")
         if m is None and d["kind"] == "sync" and d["count"] is None and not self.bars:
-            self.shared.barrier(np.arange(self.nwarps))       # whole CTA arrives at once
+            self.shared.barrier(np.arange(self.nwarps))  # whole CTA arrives at once
             return b.next, None
         mm = self.alive.copy() if m is None else m
         act = np.flatnonzero(mm)
@@ -283,7 +300,7 @@ class CTA(Memory):
         else:
             v = d["id"](self)
             v = v if len(v) == 1 else np.unique(v[act])
-            if len(v) > 1:                                   # different barriers in one instruction
+            if len(v) > 1:  # different barriers in one instruction
                 ids = d["id"](self)
                 for x in v:
                     sub = mm & (ids == x)
@@ -300,8 +317,12 @@ class CTA(Memory):
             count = int(v[0] if len(v) == 1 else v[np.flatnonzero(mm)[0]])
         st = self.bars.setdefault(ident, dict(waiting=[], arrived=np.zeros(self.n, bool), extra=0, count=count))
         if st["count"] != count:
-            raise self.error("barrier", f"barrier {ident}: thread counts {st['count']} and {count} do not match", ins,
-                             np.flatnonzero(mm)[0])
+            raise self.error(
+                "barrier",
+                f"barrier {ident}: thread counts {st['count']} and {count} do not match",
+                ins,
+                np.flatnonzero(mm)[0],
+            )
         st["count"] = count
         if d["kind"] == "arrive":
             st["extra"] += int(np.count_nonzero(mm & st["arrived"]))
@@ -326,10 +347,14 @@ class CTA(Memory):
             if got < int(np.count_nonzero(self.alive)):
                 return None
             if got < self.nreal and not self.L.early_exit_ok:
-                k = int(np.flatnonzero(~self.alive[:self.nreal])[0])
-                raise self.error("barrier", f"barrier {ident} reached after {self.nreal - got} threads of the CTA have "
-                                 f"exited (thread {k} for one); pass early_exit_ok=True to allow",
-                                 st["waiting"][0][0].ins, np.flatnonzero(st["waiting"][0][1])[0])
+                k = int(np.flatnonzero(~self.alive[: self.nreal])[0])
+                raise self.error(
+                    "barrier",
+                    f"barrier {ident} reached after {self.nreal - got} threads of the CTA have "
+                    f"exited (thread {k} for one); pass early_exit_ok=True to allow",
+                    st["waiting"][0][0].ins,
+                    np.flatnonzero(st["waiting"][0][1])[0],
+                )
         del self.bars[ident]
         wait = st["waiting"]
         if any(b.bar["aligned"] for b, _ in wait):
@@ -343,9 +368,13 @@ class CTA(Memory):
             if bad.any():
                 w = int(np.flatnonzero(bad)[0])
                 pcs = sorted(set(int(x) for x in o[w] if x >= 0))
-                raise self.error("barrier", "divergent barrier: threads of one warp wait at different bar.sync "
-                                 f"instructions (ptx lines {[self.L.blocks[p].ins.line for p in pcs]})",
-                                 wait[0][0].ins, w * 32)
+                raise self.error(
+                    "barrier",
+                    "divergent barrier: threads of one warp wait at different bar.sync "
+                    f"instructions (ptx lines {[self.L.blocks[p].ins.line for p in pcs]})",
+                    wait[0][0].ins,
+                    w * 32,
+                )
         self.shared.barrier(np.flatnonzero(st["arrived"].reshape(-1, 32).any(1)))
         reds = [(b, mm) for b, mm in wait if b.bar["kind"] == "red"]
         if reds:
@@ -356,8 +385,11 @@ class CTA(Memory):
                 total += int(np.count_nonzero(p & mm))
                 cnt += int(np.count_nonzero(mm))
             for b, mm in reds:
-                r = {"popc": np.array([total], np.uint32), "and": np.array([total == cnt]),
-                     "or": np.array([total > 0])}[b.bar["redop"]]
+                r = {
+                    "popc": np.array([total], np.uint32),
+                    "and": np.array([total == cnt]),
+                    "or": np.array([total > 0]),
+                }[b.bar["redop"]]
                 b.bar["dst"](self, mm, r)
         if len(wait) == 1:
             b, mm = wait[0]
@@ -385,12 +417,17 @@ class CTA(Memory):
         lines = []
         for ident, st in self.bars.items():
             for b, mm in st["waiting"]:
-                lines.append(f"{np.count_nonzero(mm)} threads (first {np.flatnonzero(mm)[0]}) at barrier {ident}, "
-                             f"ptx line {b.ins.line}")
+                lines.append(
+                    f"{np.count_nonzero(mm)} threads (first {np.flatnonzero(mm)[0]}) at barrier {ident}, "
+                    f"ptx line {b.ins.line}"
+                )
         for pc, mm in self.parked.items():
             ins = self.L.blocks[pc].park
-            lines.append(f"{np.count_nonzero(mm)} threads (first {np.flatnonzero(mm)[0]}) at '{ins.text}' (ptx line "
-                         f"{ins.line}) waiting for the other lanes it needs")
-        ins = next((self.L.blocks[pc].park for pc in self.parked), None) or \
-            next((st["waiting"][0][0].ins for st in self.bars.values() if st["waiting"]), None)
+            lines.append(
+                f"{np.count_nonzero(mm)} threads (first {np.flatnonzero(mm)[0]}) at '{ins.text}' (ptx line "
+                f"{ins.line}) waiting for the other lanes it needs"
+            )
+        ins = next((self.L.blocks[pc].park for pc in self.parked), None) or next(
+            (st["waiting"][0][0].ins for st in self.bars.values() if st["waiting"]), None
+        )
         raise self.error("deadlock", "no thread can make progress: " + "; ".join(lines), ins)

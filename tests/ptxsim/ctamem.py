@@ -1,4 +1,5 @@
 """Memory of a CTA: address spaces, loads, stores, atomics and copies in flight."""
+
 import numpy as np
 
 from .isa import GLOBAL_BASE, LOCAL_BASE, SHARED_BASE, STORAGE
@@ -6,7 +7,6 @@ from .isa import GLOBAL_BASE, LOCAL_BASE, SHARED_BASE, STORAGE
 
 class Memory:
     """The memory side of cta.CTA."""
-
 
     def split_generic(self, ad):
         """generic addresses -> list of (space, index array)."""
@@ -80,8 +80,9 @@ class Memory:
                 out = np.zeros(len(ad), STORAGE[size])
                 for sp, ix in parts:
                     base = {"shared": SHARED_BASE, "local": LOCAL_BASE}.get(sp, 0)
-                    out[ix] = self.atomic(ins, sp, ad[ix] - base, t[ix], size, b[ix],
-                                          None if c is None else c[ix], apply, opn, idt)
+                    out[ix] = self.atomic(
+                        ins, sp, ad[ix] - base, t[ix], size, b[ix], None if c is None else c[ix], apply, opn, idt
+                    )
                 return out
             space = parts[0][0]
             ad = ad - {"shared": SHARED_BASE, "local": LOCAL_BASE}.get(space, 0)
@@ -92,7 +93,7 @@ class Memory:
         i = off >> (size.bit_length() - 1)
         order = np.argsort(i, kind="stable")
         si = i[order]
-        if not (si[1:] == si[:-1]).any():                    # all addresses distinct
+        if not (si[1:] == si[:-1]).any():  # all addresses distinct
             old = v[i]
             v[i] = apply(old, b, c)
             return old
@@ -101,7 +102,7 @@ class Memory:
         pos = np.arange(len(si))
         rank = pos - np.maximum.accumulate(np.where(new, pos, 0))
         old = np.zeros(len(i), v.dtype)
-        if opn == "add" and idt is not None:                 # integer add: prefix sums
+        if opn == "add" and idt is not None:  # integer add: prefix sums
             bs = b[order]
             cs = np.cumsum(bs, dtype=v.dtype)
             start = np.maximum.accumulate(np.where(new, pos, 0))
@@ -139,8 +140,13 @@ class Memory:
         S = self.shared
         if S.npending and S.pending[b].any():
             k = np.argwhere(S.pending[b])[0]
-            raise self.error("async", f"cp.async to shared byte {self.shared_name(int(b[tuple(k)]))} while an earlier "
-                             "cp.async to it is in flight", ins, t[int(k[0])])
+            raise self.error(
+                "async",
+                f"cp.async to shared byte {self.shared_name(int(b[tuple(k)]))} while an earlier "
+                "cp.async to it is in flight",
+                ins,
+                t[int(k[0])],
+            )
         S.mark_write(ins, b.reshape(-1), np.repeat(t, size))
         S.pending[b] = 1
         S.npending += b.size

@@ -3,6 +3,7 @@
 Register names, labels and shared, local and parameter variables are resolved here, brace scopes
 (inline asm) honoured and calls of `.func` inlined: the executor sees slots, offsets and target pcs only.
 """
+
 import re
 
 from .errors import PtxError, Unsupported
@@ -68,7 +69,7 @@ class FuncBuilder:
         a = max(v.align, 16)
         v.addr = (self.shared_end + a - 1) // a * a
         self.shared.append((v.name, v.addr, v.size))
-        self.shared_end = v.addr + v.size + 64         # 64-byte red zone
+        self.shared_end = v.addr + v.size + 64  # 64-byte red zone
 
     def add_local(self, name, size, align):
         a = max(align, 16)
@@ -86,10 +87,9 @@ class FuncBuilder:
         return self.placed[id(v)]
 
     def finish(self):
-        for ins in self.code:                      # place module-level shared variables in use
+        for ins in self.code:  # place module-level shared variables in use
             for v in walk(ins.operands):
-                if isinstance(v, Var) and v.space == "shared" and v.name in self.p.vars \
-                        and self.p.vars[v.name] is v:
+                if isinstance(v, Var) and v.space == "shared" and v.name in self.p.vars and self.p.vars[v.name] is v:
                     self.place_module_shared(v)
         a = self.dyn_align
         self.dyn_offset = (self.shared_end + a - 1) // a * a
@@ -103,8 +103,9 @@ class FuncBuilder:
                 if ins.op.startswith("bra"):
                     ins.target = self.lookup_label(ins, ins.operands[0])
                 else:
-                    ins.targets = [self.lookup_label(ins, Label(x))
-                                   for x in self.lookup_label(ins, ins.operands[1], raw=True)]
+                    ins.targets = [
+                        self.lookup_label(ins, Label(x)) for x in self.lookup_label(ins, ins.operands[1], raw=True)
+                    ]
         return self.code
 
     def lookup_label(self, ins, lab, raw=False):
@@ -225,7 +226,7 @@ class FuncBuilder:
             if p.peek() == ",":
                 p.next()
         p.next()
-        text = " ".join(x[1] for x in p.toks[start:p.i])
+        text = " ".join(x[1] for x in p.toks[start : p.i])
         text = re.sub(r" ([,;\]\)])", r"\1", text).replace("[ ", "[")
         if op.split(".")[0] == "ret" and self.return_label is not None:
             op, ops = "bra", [Label(self.return_label)]
@@ -258,7 +259,7 @@ class FuncBuilder:
                     s, v = ("-" if s == "+" else "+"), p.next()
                 off += parse_number(v).value * (1 if s == "+" else -1)
             p.next()
-            if isinstance(base, tuple):              # sym+imm parsed as a pair
+            if isinstance(base, tuple):  # sym+imm parsed as a pair
                 base, o2 = base
                 off += o2
             return Addr(base, off, coords)
@@ -314,8 +315,7 @@ class FuncBuilder:
             pass
         text = f"{op} {name}"
         if name in ("vprintf", "__assertfail", "__assert_fail"):
-            self.code.append(Ins(f"$call.{name}", list(args.items), pred, line, text, loc=self.loc,
-                                 scope=sc))
+            self.code.append(Ins(f"$call.{name}", list(args.items), pred, line, text, loc=self.loc, scope=sc))
             return
         if name not in p.funcs or p.funcs[name][0] is None:
             self.code.append(Ins(f"$call.{name}", [], pred, line, text, loc=self.loc, scope=sc))
@@ -332,8 +332,7 @@ class FuncBuilder:
         end = f"$ret{len(self.code)}"
         sc.labels[end] = -1
         if pred is not None:
-            self.code.append(Ins("bra", [Label(end)], (pred[0], not pred[1]), line, text, loc=self.loc,
-                                 scope=sc))
+            self.code.append(Ins("bra", [Label(end)], (pred[0], not pred[1]), line, text, loc=self.loc, scope=sc))
         saved = (p.i, self.return_label, self.loc)
         inner_top = Scope(inner)
         inner_top.labels[end] = -1

@@ -5,6 +5,7 @@ Packed types (f16x2, bf16x2) use compute arrays of shape (n, 2).
 f16/bf16 compute in float32 (add/mul are then correctly rounded on store) and
 fma goes through float64.
 """
+
 import numpy as np
 
 U8, U16, U32, U64 = (np.dtype(t) for t in (np.uint8, np.uint16, np.uint32, np.uint64))
@@ -81,8 +82,6 @@ def tf32_round(bits, mode):
     r = r & U32.type(0xFFFFE000)
     special = (u & U32.type(0x7F800000)) == U32.type(0x7F800000)
     return np.where(special, u, r)
-
-
 
 
 def halves(b):

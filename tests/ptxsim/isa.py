@@ -1,24 +1,44 @@
 """What the other modules share: address spaces, type sizes, operands, instructions, kernels."""
+
 from dataclasses import dataclass
 
 import numpy as np
 
-GLOBAL_BASE = 0x7000_0000_0000      # virtual address of byte 0 of the global arena
-SHARED_BASE = 0x7F00_0000_0000      # generic window of shared memory
-LOCAL_BASE = 0x7F80_0000_0000       # generic window of local memory
-SHARED_START = 1024                 # first usable shared offset (null stays invalid)
+GLOBAL_BASE = 0x7000_0000_0000  # virtual address of byte 0 of the global arena
+SHARED_BASE = 0x7F00_0000_0000  # generic window of shared memory
+LOCAL_BASE = 0x7F80_0000_0000  # generic window of local memory
+SHARED_START = 1024  # first usable shared offset (null stays invalid)
 LOCAL_START = 64
 REDZONE = 256
 
-SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2,
-         "b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4,
-         "b64": 8, "u64": 8, "s64": 8, "f64": 8, "f32x2": 8, "pred": 1, "b128": 16}
-STORAGE = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32),
-           8: np.dtype(np.uint64)}
+SIZES = {
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "f16x2": 4,
+    "bf16x2": 4,
+    "tf32": 4,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
+    "f32x2": 8,
+    "pred": 1,
+    "b128": 16,
+}
+STORAGE = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 LINKAGE = {".visible", ".extern", ".weak", ".common", ".hidden"}
-VAR_SPACES = {".global": "global", ".const": "const", ".shared": "shared", ".local": "local",
-              ".param": "param"}
+VAR_SPACES = {".global": "global", ".const": "const", ".shared": "shared", ".local": "local", ".param": "param"}
 
 
 # ---------------------------------------------------------------- operands
@@ -35,13 +55,14 @@ class Reg:
 
 @dataclass(frozen=True)
 class Imm:
-    value: object            # int, or float for decimal literals
-    fbits: int = 0           # 32/64 when written 0f.. / 0d.. (value is then the bit pattern)
+    value: object  # int, or float for decimal literals
+    fbits: int = 0  # 32/64 when written 0f.. / 0d.. (value is then the bit pattern)
 
 
 @dataclass(frozen=True)
 class Sym:
     """Address of a variable: its space and absolute address inside that space."""
+
     name: str
     space: str
     addr: int
@@ -54,9 +75,9 @@ class Special:
 
 @dataclass(frozen=True)
 class Addr:
-    base: object             # Reg, Sym, Imm
+    base: object  # Reg, Sym, Imm
     off: int
-    coords: tuple = ()       # tensor coordinates ([map, {c0, c1}])
+    coords: tuple = ()  # tensor coordinates ([map, {c0, c1}])
 
 
 @dataclass(frozen=True)
@@ -97,12 +118,12 @@ SINK = Sink()
 class Ins:
     op: str
     operands: list
-    pred: object             # None or (Reg, negated)
+    pred: object  # None or (Reg, negated)
     line: int
     text: str
     pc: int = -1
-    target: int = -1         # branch target pc
-    targets: list = None     # brx
+    target: int = -1  # branch target pc
+    targets: list = None  # brx
     loc: str = ""
     scope: object = None
 
@@ -129,8 +150,8 @@ class Kernel:
     code: list
     nregs: int
     reg_types: list
-    static_shared: list       # (name, offset, size)
-    dyn_offset: int           # where extern shared starts
+    static_shared: list  # (name, offset, size)
+    dyn_offset: int  # where extern shared starts
     local_bytes: int
     local_vars: list
     maxntid: tuple = None

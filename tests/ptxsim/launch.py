@@ -1,4 +1,5 @@
 """Module and launch: binds arguments into one global arena and runs the CTAs one after another."""
+
 import re
 import time
 from dataclasses import dataclass, field
@@ -19,23 +20,22 @@ MAX_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120
 
 @dataclass
 class Stats:
-    instructions: int = 0        # CTA-wide instructions executed
+    instructions: int = 0  # CTA-wide instructions executed
     ctas: int = 0
     seconds: float = 0.0
     per_cta: list = field(default_factory=list)
-    traffic: object = None       # traffic.Traffic, with launch(traffic=True)
+    traffic: object = None  # traffic.Traffic, with launch(traffic=True)
 
     @property
     def rate(self):
         return self.instructions / max(self.seconds, 1e-9)
 
 
-
-
 def as_numpy(a):
     """numpy view of an argument; torch CPU tensors are accepted."""
     if hasattr(a, "data_ptr") and hasattr(a, "untyped_storage"):
         import torch
+
         a = a.detach()
         if a.dtype == torch.bfloat16:
             a = a.view(torch.int16)
@@ -44,8 +44,25 @@ def as_numpy(a):
 
 
 class Launch:
-    def __init__(self, mod, name, grid, block, args, shared_bytes, races, uninit, order, schedule, seed, max_instr,
-                 early_exit_ok, poison, ctas, traffic):
+    def __init__(
+        self,
+        mod,
+        name,
+        grid,
+        block,
+        args,
+        shared_bytes,
+        races,
+        uninit,
+        order,
+        schedule,
+        seed,
+        max_instr,
+        early_exit_ok,
+        poison,
+        ctas,
+        traffic,
+    ):
         self.mod, self.grid, self.block = mod, dim3(grid), dim3(block)
         self.K, self.blocks = mod.compiled(name)
         K = self.K
@@ -82,7 +99,7 @@ class Launch:
         # merge overlapping numpy buffers into single allocations
         spans = []
         arrays = []
-        self.pointers = {}                             # parameter name -> host address of its array
+        self.pointers = {}  # parameter name -> host address of its array
         for p, a in zip(K.params, args, strict=False):
             off = 0
             if isinstance(a, tuple):
@@ -116,7 +133,7 @@ class Launch:
             if v.space == "global":
                 o = v.addr - GLOBAL_BASE
                 G.add(o, v.size, v.name)
-                G.buf[o:o + v.size] = mod.globals[v.name]
+                G.buf[o : o + v.size] = mod.globals[v.name]
         params = np.zeros(max(K.param_bytes, 8) + 16, np.uint8)
         self.bound = []
         for p, a, off in arrays:
@@ -124,27 +141,30 @@ class Launch:
                 if a.nbytes:
                     s, e, base = next(x for x in placed if x[0] <= a.ctypes.data < x[1])
                     o = base + a.ctypes.data - s
-                    G.buf[o:o + a.nbytes] = a.reshape(-1).view(np.uint8)
+                    G.buf[o : o + a.nbytes] = a.reshape(-1).view(np.uint8)
                     self.bound.append((a, o))
                 else:
                     o = REDZONE // 2
                 raw_ = np.array([GLOBAL_BASE + o + off], U64).view(np.uint8)
             else:
                 raw_ = scalar_bytes(p, a)
-            params[p.offset:p.offset + p.size] = raw_
+            params[p.offset : p.offset + p.size] = raw_
         for s, e, base in placed:
             names = [n for n, a in self.pointers.items() if s <= a < e]
             G.add(base, e - s, "buffer " + "/".join(names))
         G.add(param_off, max(K.param_bytes, 1), "kernel parameters")
-        G.buf[param_off:param_off + K.param_bytes] = params[:K.param_bytes]
+        G.buf[param_off : param_off + K.param_bytes] = params[: K.param_bytes]
         G.seal()
         self.params = params
         self.param_addr = lambda off: GLOBAL_BASE + param_off + off
 
     def run(self):
         gx, gy, gz = self.grid
-        ids = [(x, y, z) for z in range(gz) for y in range(gy) for x in range(gx)] if self.ctas is None else \
-            [dim3(c, 0) for c in self.ctas]
+        ids = (
+            [(x, y, z) for z in range(gz) for y in range(gy) for x in range(gx)]
+            if self.ctas is None
+            else [dim3(c, 0) for c in self.ctas]
+        )
         if self.order == "shuffle":
             self.rng.shuffle(ids)
             ids = [tuple(int(v) for v in c) for c in ids]
@@ -165,11 +185,11 @@ class Launch:
             st.traffic = self.traffic.finish()
         for a, o in self.bound:
             if a.flags.writeable:
-                a.reshape(-1).view(np.uint8)[:] = self.G.buf[o:o + a.nbytes]
+                a.reshape(-1).view(np.uint8)[:] = self.G.buf[o : o + a.nbytes]
         for v in self.mod.parser.vars.values():
             if v.space == "global":
                 o = v.addr - GLOBAL_BASE
-                self.mod.globals[v.name][:] = self.G.buf[o:o + v.size]
+                self.mod.globals[v.name][:] = self.G.buf[o : o + v.size]
         return st
 
 
@@ -208,11 +228,11 @@ class Module:
         for v in self.parser.vars.values():
             if v.space == "global":
                 b = np.zeros(v.size, np.uint8)
-                b[:len(v.init)] = np.frombuffer(v.init, np.uint8)
+                b[: len(v.init)] = np.frombuffer(v.init, np.uint8)
                 self.globals[v.name] = b
         for var, off, sym in self.parser.relocs:
             if sym in self.parser.vars:
-                self.globals[var][off:off + 8] = np.array([self.parser.vars[sym].addr], U64).view(np.uint8)
+                self.globals[var][off : off + 8] = np.array([self.parser.vars[sym].addr], U64).view(np.uint8)
 
     @property
     def kernels(self):
@@ -235,9 +255,24 @@ class Module:
         bad = [f.ins for b in blocks.values() for f in b.fns if getattr(f, "error", None) is not None]
         return bad + [b.ins for b in blocks.values() if b.term == "bar" and b.bar["kind"] == "unsupported"]
 
-    def launch(self, name, grid, block, args=(), shared_bytes=0, races=False, uninit=False, order="linear",
-               schedule="lockstep", seed=0, max_instr=50_000_000, early_exit_ok=False, poison=True, ctas=None,
-               traffic=False):
+    def launch(
+        self,
+        name,
+        grid,
+        block,
+        args=(),
+        shared_bytes=0,
+        races=False,
+        uninit=False,
+        order="linear",
+        schedule="lockstep",
+        seed=0,
+        max_instr=50_000_000,
+        early_exit_ok=False,
+        poison=True,
+        ctas=None,
+        traffic=False,
+    ):
         """Run a kernel. args: numpy arrays (pointers, updated in place), (array, byte offset), ints,
         floats, None, or bytes for by-value structs.
 
@@ -247,5 +282,21 @@ class Module:
         ctas: only run these CTA indices.  traffic: count memory requests and instructions (stats.traffic).
         Returns Stats.
         """
-        return Launch(self, name, grid, block, args, shared_bytes, races, uninit, order, schedule, seed, max_instr,
-                      early_exit_ok, poison, ctas, traffic).run()
+        return Launch(
+            self,
+            name,
+            grid,
+            block,
+            args,
+            shared_bytes,
+            races,
+            uninit,
+            order,
+            schedule,
+            seed,
+            max_instr,
+            early_exit_ok,
+            poison,
+            ctas,
+            traffic,
+        ).run()

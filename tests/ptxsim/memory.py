@@ -1,4 +1,5 @@
 """Byte arenas with allocations and red zones, and the shared-memory checkers."""
+
 import numpy as np
 
 from .isa import STORAGE
@@ -12,7 +13,7 @@ class Arena:
         self.name = name
         self.buf = np.full(size, fill, np.uint8)
         self.views = {s: self.buf.view(dt) for s, dt in STORAGE.items()}
-        self.allocs = []                       # (start, end, name)
+        self.allocs = []  # (start, end, name)
 
     def add(self, start, size, name):
         self.allocs.append((start, start + size, name))
@@ -39,8 +40,12 @@ class Arena:
             return
         if size > 1 and int(np.bitwise_or.reduce(off)) & (size - 1):
             k = int(np.flatnonzero(off & (size - 1))[0])
-            raise C.error("misaligned", f"{what} of {size} bytes at {self.name} offset "
-                          f"{int(off[k]):#x} is not {size}-byte aligned", ins, tids[k])
+            raise C.error(
+                "misaligned",
+                f"{what} of {size} bytes at {self.name} offset {int(off[k]):#x} is not {size}-byte aligned",
+                ins,
+                tids[k],
+            )
         lo, hi = int(np.minimum.reduce(off)), int(np.maximum.reduce(off)) + size
         key = (ins.pc, self.name)
         c = C.cache.get(key)
@@ -54,8 +59,13 @@ class Arena:
         if not ok.all():
             j = int(np.flatnonzero(~ok)[0])
             n = int((~ok).sum())
-            raise C.error("oob", f"{what} of {size} bytes out of bounds in {self.name} memory: "
-                          f"{self.locate(int(off[j]))} ({n} of {len(off)} threads bad)", ins, tids[j])
+            raise C.error(
+                "oob",
+                f"{what} of {size} bytes out of bounds in {self.name} memory: "
+                f"{self.locate(int(off[j]))} ({n} of {len(off)} threads bad)",
+                ins,
+                tids[j],
+            )
         k0 = int(k[0])
         C.cache[key] = (int(self.starts[k0]), int(self.ends[k0]))
 
@@ -72,7 +82,7 @@ class SharedChecker:
         self.strict = races == "strict"
         self.W = W = C.nwarps
         if races:
-            self.vc = np.zeros((W, W), np.int32)       # vc[w, v]: epoch of v known to w
+            self.vc = np.zeros((W, W), np.int32)  # vc[w, v]: epoch of v known to w
             self.epoch = np.ones(W, np.int32)
             self.wwarp = np.full(nbytes, -1, np.int16)
             self.wepoch = np.zeros(nbytes, np.int32)
@@ -108,8 +118,13 @@ class SharedChecker:
             p = self.pending[b]
             if p.any():
                 k = int(np.flatnonzero(p)[0])
-                raise C.error("async", f"read of shared byte {C.shared_name(int(b[k]))} while a cp.async to it "
-                              "is in flight (missing cp.async.wait)", ins, t[k])
+                raise C.error(
+                    "async",
+                    f"read of shared byte {C.shared_name(int(b[k]))} while a cp.async to it "
+                    "is in flight (missing cp.async.wait)",
+                    ins,
+                    t[k],
+                )
         if self.uninit:
             p = ~self.init[b]
             if p.any():
@@ -135,8 +150,12 @@ class SharedChecker:
             p = self.pending[b]
             if p.any():
                 k = int(np.flatnonzero(p)[0])
-                raise C.error("async", f"write to shared byte {C.shared_name(int(b[k]))} while a cp.async to it "
-                              "is in flight", ins, t[k])
+                raise C.error(
+                    "async",
+                    f"write to shared byte {C.shared_name(int(b[k]))} while a cp.async to it is in flight",
+                    ins,
+                    t[k],
+                )
         data = None
         if self.races and vals is not None:
             data = np.stack(np.broadcast_arrays(off, *vals)[1:], -1)
@@ -165,7 +184,7 @@ class SharedChecker:
             k = int(np.flatnonzero(rb.any(1))[0])
             v = int(np.flatnonzero(rb[k])[0])
             self.race("write-after-read", int(b[k]), ins, int(t[k]), v * 32, int(self.rpc[b[k]]), warp_only=True)
-        if not atomic and len(b) > 1:                  # two warps writing in this very instruction
+        if not atomic and len(b) > 1:  # two warps writing in this very instruction
             o = np.argsort(b, kind="stable")
             sb, sw = b[o], w[o]
             same = (sb[1:] == sb[:-1]) & (sw[1:] != sw[:-1])
@@ -183,5 +202,10 @@ class SharedChecker:
     def race(self, kind, byte, ins, t, other, opc, warp_only=False):
         o = self.C.K.code[opc]
         who = f"warp {other // 32}" if warp_only else f"thread {other}"
-        raise self.C.error("race", f"{kind} race on shared byte {self.C.shared_name(byte)} with {who} at "
-                           f"ptx line {o.line} ({o.text}) with no barrier between", ins, t)
+        raise self.C.error(
+            "race",
+            f"{kind} race on shared byte {self.C.shared_name(byte)} with {who} at "
+            f"ptx line {o.line} ({o.text}) with no barrier between",
+            ins,
+            t,
+        )

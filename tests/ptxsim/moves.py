@@ -1,4 +1,5 @@
 """mov, cvt, address conversion, and instructions without an effect here."""
+
 import numpy as np
 
 from . import fp
@@ -11,7 +12,7 @@ from .operands import F32, F64, INT, ROUND, ROUNDI, U64, dst, fdst, fsrc, isrc, 
 def _mov(ins):
     ty = ins.parts[-1]
     d, a = ins.operands
-    if isinstance(a, Vec):                                  # pack
+    if isinstance(a, Vec):  # pack
         n = len(a.items)
         part = f"b{SIZES[ty] * 8 // n}"
         gs = [raw(x, part) for x in a.items]
@@ -24,8 +25,9 @@ def _mov(ins):
             for j, v in enumerate(vs):
                 out[:, j] = v
             w(C, m, out.view(dt).reshape(-1))
+
         return pack
-    if isinstance(d, Vec):                                  # unpack
+    if isinstance(d, Vec):  # unpack
         n = len(d.items)
         part = f"b{SIZES[ty] * 8 // n}"
         ws = [None if x is SINK else dst(x, part) for x in d.items]
@@ -36,6 +38,7 @@ def _mov(ins):
             for j, w in enumerate(ws):
                 if w is not None:
                     w(C, m, v[:, j].copy())
+
         return unpack
     if ty == "b128":
         raise Unsupported(ins.text)
@@ -48,7 +51,7 @@ def float_to_int(x, dt, src64):
     info = np.iinfo(dt)
     nan = np.isnan(x)
     x = np.where(nan, 0.0, x.astype(F64))
-    hi = float(info.max)                       # may round up to 2^63 / 2^64
+    hi = float(info.max)  # may round up to 2^63 / 2^64
     big, small = x >= hi, x <= float(info.min)
     r = np.where(big | small, 0.0, x)
     r = r.astype(dt) if dt.kind == "i" or dt.itemsize < 8 else r.astype(U64)
@@ -80,6 +83,7 @@ def _cvt(ins):
             if "satfinite" in mods:
                 v = np.clip(v, -65504, 65504) if dty == "f16x2" else v
             w(C, m, v)
+
         return packed
     if dty == "tf32":
         w, g = dst(d, "b32"), raw(ops[1], "b32")
@@ -94,7 +98,7 @@ def _cvt(ins):
             lo, hi = max(i.min, j.min), min(i.max, j.max)
             return lambda C, m: w(C, m, np.clip(g(C), sd.type(lo), sd.type(hi)).astype(dd))
         return lambda C, m: w(C, m, g(C).astype(dd))
-    if df and not sf:                                       # int -> float
+    if df and not sf:  # int -> float
         w, g = fdst(d, dty, mode, ftz, sat), isrc(ops[1], sty)
         wide = np.longdouble if SIZES[sty] == 8 else F64
         if dty == "f64":
@@ -107,8 +111,9 @@ def _cvt(ins):
             if dty == "f32":
                 v = fp.round_to(v, F32, mode)
             w(C, m, v.astype(F64) if v.dtype != F32 else v)
+
         return i2f
-    if sf and not df:                                       # float -> int
+    if sf and not df:  # float -> int
         w, g = dst(d, dty), fsrc(ops[1], sty, ftz)
         fn = rint or np.trunc
         return lambda C, m: w(C, m, float_to_int(fn(g(C)), INT[dty], sty == "f64"))
@@ -123,8 +128,9 @@ def _cvt(ins):
 @op("cvta")
 def _cvta(ins):
     to = "to" in ins.parts
-    space = next(p.split("::")[0] for p in ins.parts[1:] if p.split("::")[0] in
-                 ("global", "shared", "local", "const", "param"))
+    space = next(
+        p.split("::")[0] for p in ins.parts[1:] if p.split("::")[0] in ("global", "shared", "local", "const", "param")
+    )
     d, a = ins.operands
     w, g = dst(d, "u64"), raw(a, "u64")
     off = U64.type({"shared": SHARED_BASE, "local": LOCAL_BASE}.get(space, 0))
@@ -138,13 +144,26 @@ def _isspacep(ins):
     space = ins.parts[1].split("::")[0]
     d, a = ins.operands
     w, g = dst(d, "pred"), raw(a, "u64")
-    lo, hi = {"shared": (SHARED_BASE, LOCAL_BASE), "local": (LOCAL_BASE, 1 << 63),
-              "global": (GLOBAL_BASE, SHARED_BASE)}.get(space, (1, 0))
+    lo, hi = {
+        "shared": (SHARED_BASE, LOCAL_BASE),
+        "local": (LOCAL_BASE, 1 << 63),
+        "global": (GLOBAL_BASE, SHARED_BASE),
+    }.get(space, (1, 0))
     return lambda C, m: w(C, m, (g(C) >= U64.type(lo)) & (g(C) < U64.type(hi)))
 
 
-@op("membar", "fence", "prefetch", "prefetchu", "discard", "applypriority", "nanosleep", "griddepcontrol",
-    "setmaxnreg", "pmevent")
+@op(
+    "membar",
+    "fence",
+    "prefetch",
+    "prefetchu",
+    "discard",
+    "applypriority",
+    "nanosleep",
+    "griddepcontrol",
+    "setmaxnreg",
+    "pmevent",
+)
 def _nop(ins):
     return lambda C, m: None
 
@@ -159,6 +178,7 @@ def _createpolicy(ins):
 def _trap(ins):
     def f(C, m):
         raise C.error("trap", "trap executed", ins, C.active(m)[0])
+
     return f
 
 
@@ -171,4 +191,5 @@ def _call(ins):
             raise C.error("assert", "device assertion failed", ins, C.active(m)[0])
         if name != "vprintf":
             raise Unsupported(f"call of external function {name} (ptx line {ins.line})")
+
     return f

@@ -5,6 +5,7 @@ per thread. m is None when every thread executes, else a bool array. Results
 for inactive threads may be garbage: dst() merges them under the mask.
 Register arrays are never modified in place.
 """
+
 import numpy as np
 
 from . import fp
@@ -28,6 +29,7 @@ def op(*names):
         for n in names:
             BUILDERS[n] = f
         return f
+
     return deco
 
 
@@ -76,7 +78,7 @@ def raw(o, ty):
         return lambda C: ~g(C)
     if isinstance(o, Neg):
         g = raw(o.op, ty)
-        return lambda C: (0 - g(C))
+        return lambda C: 0 - g(C)
     if isinstance(o, Special):
         n = o.name
         if n in ("%clock", "%clock64", "%globaltimer", "%clock_hi", "%globaltimer_lo", "%globaltimer_hi"):
@@ -89,7 +91,7 @@ def raw(o, ty):
         if o.space == "param":
             return lambda C: np.array([C.param_addr(o.addr)], U64).astype(dt)
         return lambda C: a
-    if isinstance(o, Addr) and not o.coords:       # mov.u64 %rd, sym+4 style
+    if isinstance(o, Addr) and not o.coords:  # mov.u64 %rd, sym+4 style
         g = raw(o.base, ty)
         return lambda C: g(C) + dt.type(o.off)
     if isinstance(o, Label):
@@ -135,6 +137,7 @@ def dst(o, ty):
         if len(v) != C.n:
             v = np.repeat(v, C.n)
         C.R[i] = v if m is None else np.where(m, v, C.R[i])
+
     return w
 
 
@@ -151,6 +154,7 @@ def fdst(o, ty, mode="rn", ftz=False, sat=False, relu=False):
             if ftz:
                 v = fp.flush(v)
         w(C, m, fp.store(ty, v, mode))
+
     return f
 
 

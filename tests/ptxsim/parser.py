@@ -1,4 +1,5 @@
 """PTX text to module variables and entry points; bodies are flattened on demand (flatten.py)."""
+
 import re
 import struct
 
@@ -6,14 +7,17 @@ from .errors import PtxError, Unsupported
 from .flatten import FuncBuilder
 from .isa import GLOBAL_BASE, LINKAGE, REDZONE, SIZES, VAR_SPACES, Kernel, Param, Scope, Var, parse_number
 
-TOKEN = re.compile(r'''
+TOKEN = re.compile(
+    r"""
     (?P<str>"(?:[^"\\]|\\.)*")
   | (?P<num>0[fF][0-9a-fA-F]{8}\b|0[dD][0-9a-fA-F]{16}\b|0[xX][0-9a-fA-F]+U?|0[bB][01]+U?\b
         |\d+\.\d*(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\d+U?)
   | (?P<word>[A-Za-z_$%.][\w$%.]*(?:::[\w.]+)*)
   | (?P<sym>[\[\]{}(),;:+\-|!@<>=*&^~?/])
   | (?P<ws>\s+)
-''', re.X)
+""",
+    re.X,
+)
 
 
 def _strip_comments(text):
@@ -28,7 +32,7 @@ def tokenize(text):
     while pos < n:
         m = TOKEN.match(text, pos)
         if not m:
-            raise PtxError(f"line {line}: cannot tokenize {text[pos:pos + 30]!r}")
+            raise PtxError(f"line {line}: cannot tokenize {text[pos : pos + 30]!r}")
         kind, s = m.lastgroup, m.group(0)
         if kind == "ws":
             line += s.count("\n")
@@ -39,8 +43,6 @@ def tokenize(text):
     return out
 
 
-
-
 class Parser:
     def __init__(self, text):
         self.lines = text.split("\n")
@@ -48,12 +50,12 @@ class Parser:
         self.i = 0
         self.version = self.target = ""
         self.files = {}
-        self.vars = {}                 # module-level variables by name
-        self.gsize = REDZONE           # bytes of global arena used by module variables
-        self.funcs = {}                # name -> (token index of body, params, rets)
-        self.entries = {}              # name -> token position
+        self.vars = {}  # module-level variables by name
+        self.gsize = REDZONE  # bytes of global arena used by module variables
+        self.funcs = {}  # name -> (token index of body, params, rets)
+        self.entries = {}  # name -> token position
         self.mod_scope = Scope()
-        self.relocs = []               # (var name, byte offset, symbol)
+        self.relocs = []  # (var name, byte offset, symbol)
         self.module()
 
     # ------------------------------------------------------------ helpers
@@ -145,7 +147,7 @@ class Parser:
         self.next()
         f, ln = self.next(), self.next()
         self.next()
-        while self.peek() == ",":               # , function_name label{+n}, inlined_at file line col
+        while self.peek() == ",":  # , function_name label{+n}, inlined_at file line col
             self.next()
             if self.next() == "inlined_at":
                 self.i += 3
@@ -159,7 +161,7 @@ class Parser:
         name = self.next()
         params = self.param_list() if self.peek() == "(" else []
         off, out = 0, []
-        for (pname, ty, size, align, arr) in params:
+        for pname, ty, size, align, arr in params:
             off = (off + align - 1) // align * align
             out.append(Param(pname, ty, size, align, off, arr))
             off += size
@@ -285,8 +287,7 @@ class Parser:
                 if v.fbits or isinstance(v.value, float):
                     bits = v.value
                     if isinstance(bits, float):
-                        bits = struct.unpack("<I" if sz == 4 else "<Q",
-                                             struct.pack("<f" if sz == 4 else "<d", bits))[0]
+                        bits = struct.unpack("<I" if sz == 4 else "<Q", struct.pack("<f" if sz == 4 else "<d", bits))[0]
                     if neg:
                         bits ^= 1 << (8 * sz - 1)
                     out.extend(bits.to_bytes(sz, "little"))
@@ -343,6 +344,17 @@ class Parser:
         fn = FuncBuilder(self, {p.name: p for p in params})
         fn.emit_body(pos, Scope(self.mod_scope), depth=0)
         code = fn.finish()
-        return Kernel(name, params, nbytes, code, len(fn.reg_types), fn.reg_types, fn.shared,
-                      fn.dyn_offset, fn.local_bytes, fn.local_vars, attrs.get("maxntid"),
-                      attrs.get("reqntid"))
+        return Kernel(
+            name,
+            params,
+            nbytes,
+            code,
+            len(fn.reg_types),
+            fn.reg_types,
+            fn.shared,
+            fn.dyn_offset,
+            fn.local_bytes,
+            fn.local_vars,
+            attrs.get("maxntid"),
+            attrs.get("reqntid"),
+        )

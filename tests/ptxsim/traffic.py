@@ -4,6 +4,7 @@ The instruction closures call Counter (CTA.traffic; None when off) with the addr
 of their active threads; the scheduler calls block(). Everything is counted per warp
 request, as the hardware's load/store unit sees it; nothing is timed.
 """
+
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -23,10 +24,11 @@ def ratio(a, b):
 @dataclass
 class Access:
     """Requests of one kind. widths: bytes per lane access -> number of lane accesses."""
+
     requests: int = 0
-    bytes: int = 0               # asked for by active lanes
-    sectors: int = 0             # 32-byte sectors touched, summed over requests
-    ideal: int = 0               # ceil(bytes of distinct addresses / 32), summed over requests
+    bytes: int = 0  # asked for by active lanes
+    sectors: int = 0  # 32-byte sectors touched, summed over requests
+    ideal: int = 0  # ceil(bytes of distinct addresses / 32), summed over requests
     widths: dict = field(default_factory=dict)
 
     @property
@@ -45,10 +47,11 @@ class Access:
 @dataclass
 class Buffer:
     """Global traffic of one buffer. load includes cp.async; atomic counts as read and as written."""
+
     load: Access = field(default_factory=Access)
     store: Access = field(default_factory=Access)
     atomic: Access = field(default_factory=Access)
-    unique_read: int = 0         # bytes of the distinct sectors read in the whole launch
+    unique_read: int = 0  # bytes of the distinct sectors read in the whole launch
     unique_write: int = 0
 
     @property
@@ -96,18 +99,18 @@ class Shared:
 
 @dataclass
 class Count:
-    cta: int = 0                 # times executed, all warps that run together counting once
-    warp: int = 0                # warp instructions issued
+    cta: int = 0  # times executed, all warps that run together counting once
+    warp: int = 0  # warp instructions issued
 
 
 @dataclass
 class Traffic:
     total: Buffer = field(default_factory=Buffer)
-    buffers: dict = field(default_factory=dict)      # parameter (or variable) name -> Buffer
-    args: list = field(default_factory=list)         # name in buffers of every kernel parameter, None for scalars
-    shared: dict = field(default_factory=dict)       # load, store, atomic, ldmatrix, stmatrix, cp.async
-    mix: dict = field(default_factory=dict)          # family -> Count
-    mma_flops: int = 0                               # dense-equivalent
+    buffers: dict = field(default_factory=dict)  # parameter (or variable) name -> Buffer
+    args: list = field(default_factory=list)  # name in buffers of every kernel parameter, None for scalars
+    shared: dict = field(default_factory=dict)  # load, store, atomic, ldmatrix, stmatrix, cp.async
+    mix: dict = field(default_factory=dict)  # family -> Count
+    mma_flops: int = 0  # dense-equivalent
 
     def arg(self, i):
         """Buffer of the i-th kernel argument."""
@@ -177,9 +180,11 @@ def family(ins):
     if h == "cp":
         return "cp.async" if p[2] in ("ca", "cg") else "barrier"
     if h in ("ld", "ldu", "st", "atom", "red"):
-        space = next((s for s in (x.split("::")[0] for x in p[1:])
-                      if s in ("global", "shared", "local", "const", "param")), "generic")
-        return f"{ {'ldu': 'ld', 'red': 'atom'}.get(h, h)}.{space}"
+        space = next(
+            (s for s in (x.split("::")[0] for x in p[1:]) if s in ("global", "shared", "local", "const", "param")),
+            "generic",
+        )
+        return f"{ {'ldu': 'ld', 'red': 'atom'}.get(h, h) }.{space}"
     if h in ("ldmatrix", "stmatrix", "cvt", "mov"):
         return h
     if h in ("prefetch", "prefetchu", "discard", "applypriority"):
@@ -250,7 +255,7 @@ class Counter:
         self.alloc = [T.buffers[n] for n in names]
         self.read = np.zeros(len(L.G.buf) // SECTOR + 2, bool)
         self.written = np.zeros_like(self.read)
-        self.blocks = {}                                   # pc -> [block, executions, warps]
+        self.blocks = {}  # pc -> [block, executions, warps]
         self.flops = {i.pc: f for i in L.K.code if (f := flops(i))}
 
     # ------------------------------------------------ instructions
@@ -261,7 +266,7 @@ class Counter:
         c[1] += 1
         c[2] += C.nwarps if m is None else len(warps_of(m))
         f = self.flops.get(b.pc)
-        if f:                                              # matrix instructions are blocks of their own
+        if f:  # matrix instructions are blocks of their own
             if b.park_pred is not None:
                 p = b.park_pred(C)
                 m = p if m is None else m & p
@@ -270,7 +275,7 @@ class Counter:
     def finish(self):
         T = self.T
         for b, n, w in self.blocks.values():
-            for ins in self.L.K.code[b.pc:b.pc + b.nins]:
+            for ins in self.L.K.code[b.pc : b.pc + b.nins]:
                 c = T.mix.setdefault(family(ins), Count())
                 c.cta += n
                 c.warp += w
@@ -347,5 +352,5 @@ class Counter:
 
     def cp_async(self, dsta, srca, t, size, nsrc):
         self.shared("cp.async", dsta, t, size)
-        k = np.flatnonzero(nsrc)                           # source size 0 (zero fill) reads nothing
+        k = np.flatnonzero(nsrc)  # source size 0 (zero fill) reads nothing
         self.glob("load", srca[k] - GLOBAL_BASE, t[k], nsrc[k])

@@ -3,6 +3,7 @@
 Register arrays are viewed as (W, 32). Only complete participants reach these
 closures: core.py parks threads until the required lanes have converged.
 """
+
 import re
 
 import numpy as np
@@ -56,8 +57,9 @@ def _shfl(ins):
         x, y, z, mk = w32(C, ga(C)), w32(C, gb(C)), w32(C, gc(C)), w32(C, gm(C))
         own = (mk >> LANE.astype(U32)) & U32.type(1)
         if (act & (own == 0)).any():
-            raise C.error("ub", "executing thread is not in its own membermask", ins,
-                          int(np.flatnonzero(act & (own == 0))[0]))
+            raise C.error(
+                "ub", "executing thread is not in its own membermask", ins, int(np.flatnonzero(act & (own == 0))[0])
+            )
         bv, cv, seg = (y & 31).astype(np.int64), (z & 31).astype(np.int64), ((z >> 8) & 31).astype(np.int64)
         lo = LANE & seg
         hi = lo | (cv & ~seg & 31)
@@ -83,6 +85,7 @@ def _shfl(ins):
         w(C, m, x[row, j].reshape(-1))
         if p is not SINK:
             wp(C, m, np.broadcast_to(ok, act.shape).reshape(-1).copy())
+
     return f
 
 
@@ -108,6 +111,7 @@ def _vote(ins):
         else:
             r = (x == 0) | (x == full)
         w(C, m, np.ascontiguousarray(r).reshape(-1))
+
     return f
 
 
@@ -128,6 +132,7 @@ def _match(ins):
             bits = np.where(al, bits, U32.type(0))
             wp(C, m, al.reshape(-1))
         w(C, m, bits.reshape(-1))
+
     return f
 
 
@@ -138,17 +143,30 @@ def _redux(ins):
     if ty == "f32":
         raise Unsupported(ins.text)
     w, ga, gm = dst(d, ty), isrc(a, ty), raw(mm, "u32")
-    fn = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-          "xor": np.bitwise_xor}[opn]
+    fn = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }[opn]
     dt = INT[ty]
-    ident = {"add": 0, "or": 0, "xor": 0, "and": -1 if dt.kind == "i" else np.iinfo(dt).max,
-             "min": np.iinfo(dt).max, "max": np.iinfo(dt).min}[opn]
+    ident = {
+        "add": 0,
+        "or": 0,
+        "xor": 0,
+        "and": -1 if dt.kind == "i" else np.iinfo(dt).max,
+        "min": np.iinfo(dt).max,
+        "max": np.iinfo(dt).min,
+    }[opn]
 
     def f(C, m):
         act, x = amask(C, m), w32(C, ga(C))
         mem = members(C, w32(C, gm(C)), act, ins) & act[:, None, :]
         v = np.where(mem, x[:, None, :], dt.type(ident))
         w(C, m, fn.reduce(v, axis=2, dtype=dt).reshape(-1))
+
     return f
 
 
@@ -216,11 +234,12 @@ def _ldstmatrix(ins):
     def st(C, m):
         wl, t, off = rows(C, m)
         C.shared.write(ins, off, 16, t)
-        x = np.stack([w32(C, g(C))[wl] for g in gs_], 1)              # (W, nm, 32) u32
+        x = np.stack([w32(C, g(C))[wl] for g in gs_], 1)  # (W, nm, 32) u32
         x = np.ascontiguousarray(x).view(U16).reshape(len(wl), nm, 8, 8)
         if trans:
             x = x.swapaxes(2, 3)
         C.S.views[2][(off >> 1)[:, None] + np.arange(8)] = x.reshape(-1, 8)
+
     return ld if load else st
 
 
@@ -281,18 +300,18 @@ def meta_nibbles(kind, E_bits, nnib, sel, meta):
     W = meta.shape[0]
     quad = meta.reshape(W, 8, 4)
     sh = (np.arange(8) * 4).astype(U32)
-    nib = (quad[..., None] >> sh) & U32.type(15)          # (W, g, lane in quad, 8 nibbles)
+    nib = (quad[..., None] >> sh) & U32.type(15)  # (W, g, lane in quad, 8 nibbles)
     out = np.empty((W, 16, nnib), np.int64)
     if E_bits >= 16:
         lanes = [sel] if nnib == 4 else [2 * sel, 2 * sel + 1]
         for j, q in enumerate(lanes):
-            out[:, :8, 4 * j:4 * j + 4] = nib[:, :, q, :4]
-            out[:, 8:, 4 * j:4 * j + 4] = nib[:, :, q, 4:]
+            out[:, :8, 4 * j : 4 * j + 4] = nib[:, :, q, :4]
+            out[:, 8:, 4 * j : 4 * j + 4] = nib[:, :, q, 4:]
     else:
         base = 2 * sel if nnib == 8 else 0
         for j in range(nnib // 8):
-            out[:, :8, 8 * j:8 * j + 8] = nib[:, :, base + 2 * j]
-            out[:, 8:, 8 * j:8 * j + 8] = nib[:, :, base + 2 * j + 1]
+            out[:, :8, 8 * j : 8 * j + 8] = nib[:, :, base + 2 * j]
+            out[:, 8:, 8 * j : 8 * j + 8] = nib[:, :, base + 2 * j + 1]
     return out
 
 
@@ -307,15 +326,20 @@ def decompress(C, ins, A, nib, ty, ordered, warps):
     ok = (VALID_TF32 if ty == "tf32" else VALID_ORDERED if ordered else VALID)[nib]
     if not ok.all():
         w, r, c = (int(x) for x in np.argwhere(~ok)[0])
-        raise C.error("ub", f"invalid sparsity metadata 0b{int(nib[w, r, c]):04b} for row {r}, chunk {c}"
-                      f" of {ty}{' (ordered_metadata)' if ordered else ''}", ins, int(warps[w]) * 32 + (r % 8) * 4)
+        raise C.error(
+            "ub",
+            f"invalid sparsity metadata 0b{int(nib[w, r, c]):04b} for row {r}, chunk {c}"
+            f" of {ty}{' (ordered_metadata)' if ordered else ''}",
+            ins,
+            int(warps[w]) * 32 + (r % 8) * 4,
+        )
     W, M, K2 = A.shape
     D = np.zeros((W, M, 2 * K2))
     wi, ri = np.arange(W)[:, None, None], np.arange(M)[None, :, None]
     ch = np.arange(nib.shape[2])[None, None, :]
-    if ty == "tf32":                                   # 1:2, one value per chunk of two
+    if ty == "tf32":  # 1:2, one value per chunk of two
         D[wi, ri, 2 * ch + (nib >> 1 & 1)] = A
-    else:                                              # 2:4
+    else:  # 2:4
         D[wi, ri, 4 * ch + (nib & 3)] = A[:, :, 0::2]
         D[wi, ri, 4 * ch + (nib >> 2)] = A[:, :, 1::2]
     return D
@@ -330,8 +354,29 @@ def _mma(ins):
     sparse = parts[0] == "sp" or parts[0].startswith("sp::")
     ordered = "sp::ordered_metadata" in parts or "ordered_metadata" in ins.op
     M, N, K = next(tuple(map(int, SHAPE.match(p).groups())) for p in parts if SHAPE.match(p))
-    types = [p for p in parts if p in ("f16", "bf16", "tf32", "f32", "f64", "s8", "u8", "s4", "u4", "b1", "s32",
-                                       "e4m3", "e5m2", "e2m1", "e3m2", "e2m3")]
+    types = [
+        p
+        for p in parts
+        if p
+        in (
+            "f16",
+            "bf16",
+            "tf32",
+            "f32",
+            "f64",
+            "s8",
+            "u8",
+            "s4",
+            "u4",
+            "b1",
+            "s32",
+            "e4m3",
+            "e5m2",
+            "e2m1",
+            "e3m2",
+            "e2m3",
+        )
+    ]
     layout = [p for p in parts if p in ("row", "col")]
     known = {"sync", "aligned", "sp", "sp::ordered_metadata", "row", "col", "satfinite"} | set(types)
     need(ins, [p for p in parts if not SHAPE.match(p)], known)
@@ -348,13 +393,17 @@ def _mma(ins):
         raise Unsupported(f"mma shape/type: {ins.text}")
     E = 32 // bits
     ops = ins.operands
-    na = (K // 2 if sparse else K) // (2 * E)           # A registers
-    nb = K // (4 * E)                                   # B registers
+    na = (K // 2 if sparse else K) // (2 * E)  # A registers
+    nb = K // (4 * E)  # B registers
     items = [o.items if isinstance(o, Vec) else (o,) for o in ops[:4]]
     nc = {"f32": 4, "s32": 4, "f16": 2}[cty]
     nd = {"f32": 4, "s32": 4, "f16": 2}[dty]
-    for name, got, want in (("D", len(items[0]), nd), ("A", len(items[1]), na), ("B", len(items[2]), nb),
-                            ("C", len(items[3]), nc)):
+    for name, got, want in (
+        ("D", len(items[0]), nd),
+        ("A", len(items[1]), na),
+        ("B", len(items[2]), nb),
+        ("C", len(items[3]), nc),
+    ):
         if got != want:
             raise Unsupported(f"{name} has {got} registers, expected {want}: {ins.text}")
     ga = [raw(x, "b32") for x in items[1]]
@@ -386,23 +435,24 @@ def _mma(ins):
             nibbles = meta_nibbles(aty, bits, nnib, sel, meta)
             kept = None if np.isfinite(B).all() else decompress(C, ins, np.ones_like(A), nibbles, aty, ordered, ws)
             A = decompress(C, ins, A, nibbles, aty, ordered, ws)
-        if sparse and kept is not None:                  # rows of B that A does not name are not multiplied
+        if sparse and kept is not None:  # rows of B that A does not name are not multiplied
             D = np.where(kept[..., None] != 0, A[..., None] * B[:, None], 0.0).sum(2) + fragC(C, W, wl)
         else:
             D = np.matmul(A, B) + fragC(C, W, wl)
         if dty == "s32":
             if satf:
-                D = np.clip(D, -2.0**31, 2.0**31 - 1)
+                D = np.clip(D, -(2.0**31), 2.0**31 - 1)
             D = D.astype(I64).astype(U32)
         elif dty == "f32":
             D = D.astype(F32).view(U32)
         else:
             D = D.astype(np.float16)
-        D = D.reshape(-1)[scatter(W)]                    # (registers, W, 32 [, 2])
+        D = D.reshape(-1)[scatter(W)]  # (registers, W, 32 [, 2])
         if dty == "f16":
             D = D.view(U32)[..., 0]
         for j, w in enumerate(wd):
             w(C, m, D[j].reshape(-1) if m is None else merge_warps(C, m, wl, D[j]))
+
     return f
 
 
@@ -414,7 +464,7 @@ def fragment(kind, ty, gs, E):
 
     def read(C, W, wl):
         ix = cache.get(W)
-        if ix is None:                                   # flat index into [register, warp, lane, element]
+        if ix is None:  # flat index into [register, warp, lane, element]
             ix = ((r * W + np.arange(W)[:, None]) * 32 + lane) * E + e
             ix = cache[W] = ix.reshape(W, *shape)
         regs = []
@@ -424,13 +474,14 @@ def fragment(kind, ty, gs, E):
                 v = np.repeat(v, C.n)
             regs.append(v if wl is None else v.reshape(-1, 32)[wl].reshape(-1))
         return decode(ty, np.concatenate(regs))[ix]
+
     return read, shape
 
 
 def fragment_scatter(nreg, E):
     """C/D matrix -> registers: f(W) = flat index array of shape (nreg, W, 32 [, E])."""
     perm, _ = frag_index("C", nreg, E)
-    inv = np.argsort(perm).reshape(32, nreg, E)          # [lane, r, e] -> matrix position
+    inv = np.argsort(perm).reshape(32, nreg, E)  # [lane, r, e] -> matrix position
     cache = {}
 
     def index(W):
@@ -439,6 +490,5 @@ def fragment_scatter(nreg, E):
             ix = inv.transpose(1, 0, 2)[:, None] + (np.arange(W) * 128)[:, None, None]
             ix = cache[W] = np.ascontiguousarray(ix if E > 1 else ix[..., 0])
         return ix
+
     return index
-
-

@@ -1,0 +1,382 @@
+"""sculpt() end to end on tiny random models: artefacts, resuming, what is recomputed, and what is kept apart."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from limits import files_up_to
+from sculpting import HELD_OUT, QUICK, TEXT, Recorder, comparable, environment, save_tiny, snapshot
+
+import persona_pruner as pp
+from persona_pruner import models
+from persona_pruner.errors import InputError, RunError
+from persona_pruner.nn import masked
+from persona_pruner.pipeline import SAVE_EVERY
+from persona_pruner.synthesis import bank
+from persona_pruner.synthesis.answers import BATCH
+from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
+
+BARE = {**QUICK, "compare": False, "eval_questions": HELD_OUT}
+CHEAP = {"start": "random", "steps": 0, "repair": False}  # where only the data matters
+WHOLE = {"compare": True, "eval_questions": None, "base": "tiny"}
+IDS = torch.tensor([tiny_examples(1)[0].prompt])
+
+
+def sculpt(out=None, model=None, persona=TEXT, **settings):
+    persona = pp.Persona.from_text(persona) if isinstance(persona, str) else persona
+    return pp.sculpt(model or tiny_model(), tiny_tokenizer(), persona, out=out, **{**BARE, **settings})
+
+
+def stage(folder, name):
+    return json.loads((folder / "stages" / f"{name}.json").read_text())["value"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(result, folder, recorder) of a sculpt with everything on; not to be changed."""
+    folder, progress = tmp_path_factory.mktemp("whole") / "run", Recorder()
+    return sculpt(folder, **WHOLE, progress=progress), folder, progress
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(result, folder, stages) of a sculpt by `BARE`; not to be changed."""
+    folder, progress = tmp_path_factory.mktemp("base") / "run", Recorder()
+    return sculpt(folder, progress=progress), folder, progress.stages
+
+
+def test_artefacts(whole):
+    result, folder, progress = whole
+    assert {path.name for path in folder.iterdir()} == {
+        "persona.persona.safetensors", "slim", "run.yaml", "metrics.json", "report.html", "README.md", "stages",
+    }  # fmt: skip
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.rglob("*") if path.is_file())
+    persona = folder / "persona.persona.safetensors"
+    assert persona.stat().st_size < 32_768 and pp.PersonaFile.load(persona).widths == [48] * 3
+    assert result.persona_file.system == pp.Persona.from_text(TEXT).system_prompt()
+    written = yaml.safe_load((folder / "run.yaml").read_text())
+    assert written["settings"] == pp.SculptConfig(**QUICK).dump() and written["model"] == "tiny"
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(result.metrics))
+    page = (folder / "report.html").read_text()
+    assert page.lower().startswith("<!doctype html>") and "<svg" in page and result.metrics["run"]["persona"] in page
+    assert not [word for word in ("<script src", "<link", 'src="http', "url(http", "@import") if word in page]
+    for card in (folder / "README.md", folder / "slim" / "README.md"):
+        assert "persona-pruner" in card.read_text()
+    assert len(progress.seconds) >= 12 and set(result.metrics["seconds"]) <= set(progress.seconds)
+
+
+def test_numbers(whole):
+    result, folder, _ = whole
+    numbers = result.metrics
+    names = [row["name"] for row in numbers["methods"]]
+    assert names[0] == "persona-pruner" and {"magnitude", "wanda", "taylor"} < set(names) and len(names) == 6
+    assert all(row["kl"] > 0 and sum(row["kept"]) == 3 * 48 for row in numbers["methods"])
+    assert numbers["ffn_bytes"]["pruned"] == sum(
+        p.numel() * 4 for mlp in models.gated_mlps(result.model) for p in mlp.parameters()
+    )
+    assert numbers["headline"]["kl_removed"] == 1 - numbers["methods"][0]["kl"] / min(
+        row["kl"] for row in numbers["methods"] if row["name"] in ("magnitude", "wanda", "taylor")
+    )
+    assert min(numbers["tokens_per_second"][name] for name in ("dense", "pruned")) > 0
+    assert len(numbers["dialogue"]) == 3 and len(numbers["search"]["losses"]) == 3
+    assert numbers["held_out"]["questions"] == 4 == len(stage(folder, "held_out")["answers"])
+
+
+def test_the_slim_checkpoint_needs_no_plug_in(whole, tmp_path):
+    result, folder, _ = whole
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"where = {str(folder / 'slim')!r}\n"
+        "model, words = AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)\n"
+        f"torch.save(model(torch.tensor({IDS.tolist()})).logits, {str(tmp_path / 'logits')!r})\n"
+        "chat = words.apply_chat_template([{'role': 'user', 'content': 'Hi'}], add_generation_prompt=True, "
+        "return_tensors='pt', return_dict=True)\n"
+        "print(model.generate(**chat, max_new_tokens=5, min_new_tokens=5).shape[1] - chat['input_ids'].shape[1])\n"
+        "print(model.config.intermediate_size, 'persona_pruner' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment())
+    assert done.stdout.split() == ["5", "48", "False"], done.stderr
+    assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), result.model(IDS).logits)
+
+
+def test_persona_file_applies_to_the_base(whole):
+    result, folder, _ = whole
+    model = tiny_model()
+    pp.PersonaFile.load(folder).apply(model)
+    with masked(dense := tiny_model(), result.persona_file.masks):
+        torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert (model(IDS).logits - result.model(IDS).logits).abs().max() > 1e-2  # the checkpoint is repaired as well
+    for other in (tiny_model("qwen2"), model):
+        with pytest.raises(InputError, match="does not fit"):
+            pp.PersonaFile.load(folder).apply(other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_repair_the_checkpoint_is_the_masked_model(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(family)
+    before = copy.deepcopy(model.state_dict())
+    result = sculpt(tmp_path / "run", model, repair=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    slim = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "slim", dtype=torch.float32)
+    with masked(model, result.persona_file.masks):
+        assert (slim(IDS).logits - model(IDS).logits).abs().max() < 1e-4
+    assert models.widths(slim) == [48] * 3
+    assert [row["name"] for row in result.metrics["methods"]] == ["persona-pruner"]
+
+
+def test_a_second_run_computes_nothing(whole):
+    result, folder, _ = whole
+    before, progress = snapshot(folder), Recorder()
+    again = sculpt(folder, **WHOLE, progress=progress)
+    assert snapshot(folder) == before and progress.stages == [] and "complete" in progress.notes[0]
+    assert again.metrics == json.loads(json.dumps(result.metrics))
+    assert torch.equal(again.model(IDS).logits, result.model(IDS).logits)
+    assert again.persona_file.fingerprint == result.persona_file.fingerprint
+
+
+def test_what_is_missing_or_damaged_is_made_again(base, tmp_path):
+    first, folder = base[0], shutil.copytree(base[1], tmp_path / "run")
+    for name, stages in (
+        ("report.html", set()),
+        ("persona.persona.safetensors", set()),
+        ("stages/search.safetensors", {"straight-through search"}),
+        ("stages/answers.json", {"answers in character"}),
+        ("stages/held_out.json", {"held-out answers"}),
+    ):
+        whole = (folder / name).read_bytes()
+        for damage in (b"", whole[: len(whole) // 2]) if name.startswith("stages") else (None,):
+            (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage)
+            progress = Recorder()
+            again = sculpt(folder, progress=progress)
+            assert stages <= set(progress.stages) and (folder / name).exists()
+            assert comparable(again.metrics) == comparable(json.loads(json.dumps(first.metrics)))
+            assert "questions of its own" not in progress.stages and "channel scores (fisher)" not in progress.stages
+
+
+STAGES = ("held_out.json", "questions.json", "answers.json", "scores.safetensors", "search.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, anew",
+    [
+        ({"ratio": 0.5}, "search"),
+        ({"scope": "global"}, "search"),
+        ({"steps": 4}, "search"),
+        ({"start": "wanda"}, "scores search"),
+        ({"answer_tokens": 9}, "answers scores search"),
+        ({"seed": 1}, "questions answers scores search"),
+        ({"bank_questions": 5}, "questions answers scores search"),
+        ({"held_out_tokens": 9}, "held_out questions answers"),  # the answers come out the same, so the rest stands
+        ({"persona": TEXT + " He hums."}, "held_out questions answers scores search"),
+        ({"model": tiny_model(seed=1)}, "held_out questions answers scores search"),
+        ({"ridge": 0.2}, ""),
+        ({"repair": False}, ""),
+    ],
+)
+def test_only_what_depends_on_a_setting_is_recomputed(base, tmp_path, change, anew):
+    folder = tmp_path / "run"
+    shutil.copytree(base[1], folder)
+    before = snapshot(folder / "stages")
+    result = sculpt(folder, **change)
+    after = snapshot(folder / "stages")
+    assert {name.split(".")[0] for name in STAGES if after[name] != before[name]} == set(anew.split())
+    assert after["finished.json"] != before["finished.json"]
+    if "ratio" in change or "seed" in change:
+        assert comparable(result.metrics) == comparable(sculpt(**change).metrics)
+
+
+def test_files_of_questions_count_by_their_content(tmp_path):
+    held_out, more, folder = tmp_path / "held.json", tmp_path / "more.json", tmp_path / "run"
+    settings = {"eval_questions": str(held_out), "questions": (str(more),), "bank_questions": 500, "filter": False}
+    settings |= {"bank_candidates": 500, "own_questions": 0, "answer_tokens": 1, **CHEAP}
+    held_out.write_text(json.dumps(["Which hammer would you never lend to anyone?"]))
+    more.write_text(json.dumps(["What rhymes with anvil in your village song?"]))
+    sculpt(folder, **settings)
+    assert stage(folder, "held_out")["questions"] == json.loads(held_out.read_text())
+    assert json.loads(more.read_text())[0] in stage(folder, "questions")["bank"]
+    more.write_text(json.dumps(["What do you hum while the iron cools?"]))
+    sculpt(folder, progress=(progress := Recorder()), **settings)
+    assert json.loads(more.read_text())[0] in stage(folder, "questions")["bank"]
+    assert "held-out answers" not in progress.stages
+    held_out.write_text(json.dumps(["Which tongs are the oldest in the forge?"]))
+    result = sculpt(folder, **settings)
+    assert stage(folder, "held_out")["questions"] == json.loads(held_out.read_text())
+    assert result.metrics["dialogue"][0]["question"] == json.loads(held_out.read_text())[0]
+
+
+def test_a_published_question_set_is_its_own_test():
+    raw = {"instruction": [{"pos": "Act as this persona: A gruff smith named Bram."}], "questions": ["Who are you?"]}
+    result = sculpt(persona=pp.Persona._from_raw(raw, "set.json"), eval_questions=None, steps=0)
+    assert [row["question"] for row in result.metrics["dialogue"]] == ["Who are you?"] and result.folder is None
+
+
+def test_interrupted_in_every_stage(base, tmp_path):
+    """The result is that of a run in one go, and a stage that was finished is not computed again."""
+    want, _, stages = base
+    folder, stored = tmp_path / "run", stages[: stages.index("least-squares repair")]
+    for name in stages:
+        progress = Recorder(stop=name)
+        with pytest.raises(KeyboardInterrupt):
+            sculpt(folder, progress=progress)
+        assert progress.stages[-1] == name and len(progress.stages) <= 3  # what one artefact takes, and this one
+        assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+        assert {path.name for path in folder.glob("*")} <= {"stages"}
+    result = sculpt(folder, progress=(final := Recorder()))
+    assert not set(final.stages) & set(stored)
+    assert comparable(result.metrics) == comparable(want.metrics)
+    assert torch.equal(result.model(IDS).logits, want.model(IDS).logits)
+
+
+def test_interrupted_within_answers_and_within_the_search(tmp_path):
+    settings = {"bank_questions": BATCH + 10, "bank_candidates": BATCH + 10, "filter": False, "steps": SAVE_EVERY + 4}
+    want = sculpt(tmp_path / "one", **settings)
+    folder = tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt):  # the first step tells how many are there already
+        sculpt(folder, progress=Recorder("answers in character", 2), **settings)
+    assert len(stage(folder, "answers")) == BATCH
+    with pytest.raises(KeyboardInterrupt):
+        sculpt(folder, progress=(progress := Recorder("straight-through search", SAVE_EVERY + 3)), **settings)
+    assert progress.told["answers in character"][0] == BATCH
+    got = sculpt(folder, progress=(progress := Recorder()), **settings)
+    assert progress.told["straight-through search"][0] == SAVE_EVERY
+    assert comparable(got.metrics) == comparable(want.metrics)
+
+
+def test_a_full_disk(base, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(RunError, match=r"could not write .*slim: .*too large"), files_up_to(100_000):
+        sculpt(folder)
+    assert not (folder / "slim").exists() and not [p for p in folder.rglob("*") if p.name.startswith(".")]
+    with pytest.raises(RunError, match=r"could not write .*held_out\.json"), files_up_to(200):
+        sculpt(tmp_path / "other")
+    assert not any(path.is_file() for path in (tmp_path / "other").rglob("*"))
+    result = sculpt(folder, progress=(progress := Recorder()))
+    assert "straight-through search" not in progress.stages and (folder / "slim" / "config.json").exists()
+    assert comparable(result.metrics) == comparable(base[0].metrics)
+
+
+def test_held_out_words_never_reach_calibration(tmp_path):
+    """What the first run was calibrated on is put into the second run's test."""
+    more, held_out, secret = tmp_path / "more.json", tmp_path / "held.json", "the old key lies under a flat blue stone"
+    rows = [{"question": f"Is it true that {secret}?"}, {"question": "Where is it?", "answer": f"Well, {secret}."}]
+    more.write_text(json.dumps([*rows, {"question": "Where do you keep your coal?"}]))
+    settings = {"own_questions": 60, "bank_candidates": 500, "bank_questions": 500, "filter": False, **CHEAP}
+    settings |= {"questions": (str(more),), "answer_tokens": 1}
+    first = sculpt(tmp_path / "one", **settings)
+    used = stage(tmp_path / "one", "questions")
+    assert used["own"] and {row["question"] for row in rows} < set(used["bank"])
+    assert first.metrics["search"]["examples"] == len(used["own"]) + len(used["bank"])
+    bundled = bank.bundled("search")[7]
+    held_out.write_text(json.dumps([used["own"][0], bundled, f"Do you know that {secret}"]))
+    sculpt(tmp_path / "two", eval_questions=str(held_out), **settings)
+    kept = stage(tmp_path / "two", "questions")
+    assert kept["own"] == used["own"][1:] or used["own"][0] not in kept["own"]
+    assert set(used["bank"]) - set(kept["bank"]) == {bundled, *(row["question"] for row in rows)}
+
+
+def test_answers_of_the_test_are_dropped(tmp_path):
+    settings = {"own_questions": 0, "bank_questions": 12, "filter": False, "answer_tokens": 30, "steps": 0}
+    assert sculpt(tmp_path / "one", **settings).metrics["search"]["examples"] == 10
+    spoken = [tiny_tokenizer().decode(ids, skip_special_tokens=True) for ids in stage(tmp_path / "one", "answers")]
+    held_out = tmp_path / "held.json"
+    held_out.write_text(json.dumps(spoken[2:5]))
+    second = sculpt(tmp_path / "two", eval_questions=str(held_out), **settings)
+    assert second.metrics["search"]["examples"] == 7 and len(stage(tmp_path / "two", "answers")) == 10
+
+
+def test_nothing_left_to_calibrate_on(tmp_path):
+    held_out = tmp_path / "held.json"
+    settings = {"own_questions": 0, "bank_questions": 1, "bank_candidates": 1, "filter": False, "answer_tokens": 30}
+    sculpt(tmp_path / "one", **settings)
+    (answer,) = stage(tmp_path / "one", "answers")
+    held_out.write_text(json.dumps([tiny_tokenizer().decode(answer, skip_special_tokens=True)]))
+    with pytest.raises(InputError, match="no calibration example is left"):
+        sculpt(tmp_path / "two", eval_questions=str(held_out), **settings)
+    with pytest.raises(InputError, match="no calibration questions"):
+        sculpt(own_questions=0, bank_questions=0)
+
+
+def test_global_widths(tmp_path):
+    folder = tmp_path / "run"
+    sculpt(folder)
+    result = sculpt(folder, scope="global", ratio=0.5)
+    widths = result.persona_file.widths
+    assert sum(widths) == 96 and len(set(widths)) > 1 and models.widths(result.model) == widths
+    assert not (folder / "slim").exists()  # that of the first run would be taken for this one's
+    assert models.widths(pp.PersonaFile.load(folder).apply(tiny_model())) == widths
+    again = sculpt(folder, scope="global", ratio=0.5, progress=(progress := Recorder()))
+    assert set(progress.stages) <= {"least-squares repair"} and again.metrics == json.loads(json.dumps(result.metrics))
+    assert torch.equal(again.model(IDS).logits, result.model(IDS).logits)
+
+
+def test_a_packed_checkpoint_takes_the_place_of_a_slim_one(tmp_path):
+    sculpt(tmp_path)
+    sculpt(tmp_path, format="packed")
+    assert (tmp_path / "packed" / "config.json").exists() and not (tmp_path / "slim").exists()
+    sculpt(tmp_path, format="packed", progress=(progress := Recorder()))
+    assert progress.stages == []
+
+
+def test_seeds_and_starts_find_other_masks(base):
+    def same(**settings):
+        masks = sculpt(**settings).persona_file.masks
+        return all(torch.equal(a, b) for a, b in zip(base[0].persona_file.masks, masks, strict=True))
+
+    assert same() and not same(seed=1)
+    assert not any(same(start=start, loss="ce") for start in ("wanda", "taylor", "random"))
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"ratio": 0}, "setting ratio: .*greater than 0"),
+        ({"ratio": 1.0}, "setting ratio: .*less than 1"),
+        ({"ratio": -1}, "setting ratio"),
+        ({"ratio": 1.5}, "setting ratio"),
+        ({"ratio": float("nan")}, "setting ratio"),
+        ({"ratio": 0.001}, "ratio 0.001 removes none of 64 channels"),
+        ({"nonsense": 1}, "setting nonsense"),
+        ({"questions": ("nowhere.json",)}, "cannot read nowhere.json"),
+        ({"eval_questions": "nowhere.json"}, "cannot read nowhere.json"),
+        ({"model": tiny_model(hidden_act="relu")}, "activation 'relu'"),
+        ({"model": torch.nn.Linear(2, 2)}, "no decoder layers"),
+    ],
+)
+def test_bad_requests_write_nothing(tmp_path, changes, why):
+    with pytest.raises(InputError, match=why):
+        sculpt(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_capped_attention_is_refused(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = tiny_model("gemma3").config.to_dict()
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "eos_token_id", "pad_token_id")  # fmt: skip
+    model = Gemma2ForCausalLM(Gemma2Config(**{key: sizes[key] for key in keys}))
+    with pytest.raises(InputError, match="caps its attention"):
+        sculpt(tmp_path / "run", model)
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_need_a_folder(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(InputError, match="run is a file"):
+        sculpt(tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_model_from_a_folder_keeps_its_name(tmp_path):
+    model, tokenizer = pp.load_model(save_tiny(tmp_path / "base"), dtype="float32")
+    result = pp.sculpt(model, tokenizer, pp.Persona.from_text(TEXT), ratio=0.5, **BARE)
+    assert result.persona_file.base == str(tmp_path / "base") and result.persona_file.ratio == 0.5
+    assert result.metrics["run"]["dtype"] == "float32"
