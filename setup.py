@@ -25,7 +25,9 @@ if X86:
     ISAS["avx512"] = AVX512.split()
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
     ISAS["amx"] = [*ISAS["avx512"], "-mavx512vbmi2", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 gives thousands for its own intrinsics
+# The warnings left out: GCC 12 gives thousands for its own intrinsics.
+OPTIONS = "-std=c++17 -O3 -g0 -fopenmp -fvisibility=hidden -ffp-contract=fast -Wno-uninitialized"
+OPTIONS += " -Wno-maybe-uninitialized"
 HEADERS = glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cuda/*.cuh")
 CUDA_ARCHS = os.environ.get("PERSONA_PRUNER_CUDA_ARCHS", "80 86 89 90 100 120").split()
 NVCC = shutil.which("nvcc") if os.environ.get("PERSONA_PRUNER_CUDA", "1") != "0" else None
@@ -38,16 +40,7 @@ def cpu_extension(isa, flags):
         sorted(glob("csrc/cpu/*.cpp")),
         include_dirs=[pybind11.get_include(), "csrc"],
         define_macros=[("PP_MODULE", name)],
-        extra_compile_args=[
-            "-std=c++17",
-            "-O3",
-            "-g0",
-            "-fopenmp",
-            "-fvisibility=hidden",
-            "-ffp-contract=fast",
-            *WARNINGS,
-            *flags,
-        ],
+        extra_compile_args=[*OPTIONS.split(), *flags],
         extra_link_args=["-fopenmp"],
         depends=HEADERS,
     )

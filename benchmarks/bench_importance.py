@@ -1,6 +1,6 @@
 """Times masked_swiglu (forward and backward with both scores) and column_sqnorm_ against plain PyTorch.
 
-    python -P benchmarks/bench_importance.py --threads 1 2 --channels 1536 8192 --json out.json
+    persona-pruner bench importance --threads 1 2 --channels 1536 8192 --json out.json
 
 Every shape is checked against float64 before it is timed. The contestants take turns within one run, on inputs that
 rotate through --memory MB, so that they come from memory; a figure is a median. "GB/s" counts the least bytes the op
@@ -105,8 +105,10 @@ def check(got, want, oracle, what):
             raise SystemExit(f"{what}: {name} is off by {error:.3g}, plain PyTorch by {allowed:.3g}; nothing is timed")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "bench importance", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--channels", type=int, nargs="+", default=[1536, 3072, 8192])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory", type=int, default=600, help="MB of inputs to rotate through")
     parser.add_argument("--json", help="also write the rows to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     rows = []
     for threads in args.threads:

@@ -8,7 +8,8 @@ cache (each contestant rotates through copies of twice the last-level cache); "h
 where they fit. A result is compared with float64 before it is timed; contestants take turns in one run; a figure is a
 median and contains the call from Python. Peers: torch (F.linear) in float32 and bfloat16, its dynamic int8 layer,
 oneDNN with weights packed beforehand, and for one token our own dense matrix-vector product, the honest limit, which
-gets its integers already quantized. On a GPU (--device cuda) the peers are cuBLAS, cuSPARSELt and CUTLASS in torch.
+gets its integers already quantized. Bandwidth is that of reading the values of 2:4 bf16 in the same turns. On a GPU
+(--device cuda) the peers are cuBLAS, cuSPARSELt and CUTLASS in torch.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from persona_pruner.benchmarks import common
 
+from persona_pruner.benchmarks import common
 from persona_pruner.ops import _native, linear24, pack_linear24, quantize24, select24, unpack24
 
 MODELS = {  # q/o, k/v, gate/up, down as (N, K)
@@ -170,23 +171,29 @@ def check(name, form):
         raise SystemExit(f"{name}: relative error {error:.2g}, allowed {form.error:.2g}; nothing is timed")
 
 
-def measure(n, k, tokens, caches, budget, device):
-    """One shape: {cache: {contestant: seconds}} and {contestant: bytes of weight}."""
+def measure(n, k, tokens, caches, budget, device, way):
+    """One shape: {cache: {contestant: seconds}} and {contestant: share of the bandwidth in the same turns}."""
     generator = torch.Generator().manual_seed(n + k)
     dense = torch.randn(n, k, generator=generator).to(device)
     x = torch.randn(tokens, k, generator=generator).to(device)
     forms = (forms_cuda if device == "cuda" else forms_cpu)(dense, x, lambda w: x.double() @ w.double().T)
-    cache, calls, found = common.last_cache(), {}, {}
+    cache, calls, found, shares = common.last_cache(), {}, {}, {}
     for name, form in forms.items():
         check(f"{name}, M {tokens} N {n} K {k}", form)
         form.exact = None
         copies = max(2, math.ceil(2 * cache / form.size)) if "streamed" in caches else 1
         weights = [form.weight] + [form.copy(form.weight) for _ in range(copies - 1)]
         calls[name] = [lambda w=w, form=form: form.run(w, form.x) for w in weights]
+        if name == "2:4 bf16" and way:
+            calls["read"] = [lambda w=w: common.read(w[0], way) for w in weights]
     for kind in caches:
         if kind == "streamed" or 2 * dense.numel() <= cache // 2:
             found[kind] = common.turns(calls, budget, kind == "hot", device)
-    return found, {name: form.size + form.x.nbytes for name, form in forms.items()}
+    if "streamed" in found and way:
+        seconds = found["streamed"]
+        rate = dense.numel() / seconds["read"]  # the values in bfloat16: N * K / 2 times 2 bytes
+        shares = {name: form.size / seconds[name] / rate for name, form in forms.items()}
+    return found, shares
 
 
 def overhead(device) -> dict:
@@ -215,9 +222,9 @@ def verdicts(rows, threads):
         shares = [(r[f"{ours} of bandwidth"], f"{r['N']}x{r['K']}") for r in mine if r["M"] == 1 and ours in r]
         if shares:
             mean = sum(s for s, _ in shares) / len(shares)
-            goal = f"; goal 0.85: met by {sum(s >= 0.85 for s, _ in shares)} of {len(shares)}" if "2:4" in ours else ""
-            worst, where = min(shares)
-            yield f"decode {ours}, share of read bandwidth: {mean:.2f}, worst {worst:.2f} ({where}){goal}"
+            text = f"decode {ours}, share of bandwidth: {mean:.2f}, worst {min(shares)[0]:.2f} ({min(shares)[1]})"
+            met = f"; goal 0.85: met by {sum(s >= 0.85 for s, _ in shares)} of {len(shares)}"
+            yield text + (met if "2:4" in ours else "")
 
 
 def plot(rows, path):
@@ -248,7 +255,9 @@ def plot(rows, path):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("bench_linear24", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "bench linear24", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
@@ -271,19 +280,20 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(threads)
         limit = about["limits"][threads] = common.limits(threads, args.device) | {"overhead us": overhead(args.device)}
         us = ", ".join(f"{name} {value:.1f} us" for name, value in limit["overhead us"].items())
-        peak = f"{limit['GB/s']:.1f} GB/s read, {limit['GFLOP/s']:.0f} GFLOP/s"
-        print(f"\n{threads} threads: {peak}; an empty call: {us}")
+        print(
+            f"\n{threads} threads: {limit['GB/s']:.1f} GB/s read, {limit['GFLOP/s']:.0f} GFLOP/s; an empty call: {us}"
+        )
         for model, n, k in shapes:
             for tokens in args.tokens:
-                found, sizes = measure(n, k, tokens, args.caches, args.budget, args.device)
+                found, shares = measure(n, k, tokens, args.caches, args.budget, args.device, limit.get("read"))
                 for cache, seconds in found.items():
                     row = {"threads": threads, "model": model, "N": n, "K": k, "M": tokens, "cache": cache}
                     row |= {name: round(1e6 * s, 2) for name, s in seconds.items()}
-                    for name, s in seconds.items():
-                        row[f"{name} of bandwidth"] = round(sizes[name] / s / 1e9 / limit["GB/s"], 3)
+                    if cache == "streamed":
+                        row |= {f"{name} of bandwidth": round(share, 3) for name, share in shares.items()}
                     rows.append(row)
-                    ranked = sorted(seconds.items(), key=lambda item: item[1])
-                    times = ", ".join(f"{name} {1e6 * s:.0f}" for name, s in ranked)
+                    fastest = sorted(seconds.items(), key=lambda f: f[1])
+                    times = ", ".join(f"{name} {1e6 * s:.0f}" for name, s in fastest)
                     print(f"{n}x{k} M {tokens} {cache}: {times} us", flush=True)
         print(*verdicts(rows, threads), sep="\n")
     common.write(rows, about, args.csv, args.json)

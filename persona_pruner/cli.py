@@ -294,6 +294,25 @@ def doctor(as_json: Json = False):
         console.print(rows, soft_wrap=False)
 
 
+@app.command(
+    epilog=_example("persona-pruner bench linear24 --short"),
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench(
+    context: typer.Context,
+    op: Annotated[str, typer.Argument(help="linear24, select24 or importance; its own options follow (--help).")] = "",
+):
+    """Time an op against other ways to compute the same; every result is checked before it is timed."""
+    from importlib import import_module
+    from pkgutil import iter_modules
+
+    folder = import_module("persona_pruner.benchmarks").__path__
+    names = sorted(m.name.removeprefix("bench_") for m in iter_modules(folder) if m.name.startswith("bench_"))
+    if op not in names:
+        raise InputError(f"bench takes one of {', '.join(names)}, then that benchmark's options")
+    import_module(f"persona_pruner.benchmarks.bench_{op}").main(context.args)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"persona-pruner {__version__}")

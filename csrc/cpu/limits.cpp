@@ -16,18 +16,18 @@ namespace {
 
 using namespace pp;
 
-// Reads `bytes` at `data` as `streams` streams a thread.
-int64_t read_memory(std::uintptr_t data, int64_t bytes, int64_t streams, int threads) {
+// Reads `bytes` at `data` as `streams` streams a thread, each prefetched `ahead` bytes if that is not 0.
+int64_t read_memory(std::uintptr_t data, int64_t bytes, int64_t streams, int64_t ahead, int threads) {
   typedef int64_t Line __attribute__((vector_size(64)));
   int64_t total = 0;
   split_rows(bytes / 64 / streams, 1, bytes, threads, [&](int64_t first, int64_t last) {
-    const char* p = pointer<const char>(data);
+    const char* p = pointer<const char>(data) + 64 * first * streams;
+    const int64_t length = 64 * (last - first);
     Line sum[4] = {};
-    for (int64_t i = first; i < last; ++i) {
+    for (int64_t i = 0; i < length; i += 64) {
       for (int64_t s = 0; s < streams; ++s) {
-        const char* at = p + 64 * (first * streams + s * (last - first) + i - first);
-        __builtin_prefetch(at + 4096);
-        sum[s % 4] += load_raw<Line>(at);
+        if (ahead) __builtin_prefetch(p + s * length + i + ahead);
+        sum[s % 4] += load_raw<Line>(p + s * length + i);
       }
     }
     const Line all = (sum[0] + sum[1]) + (sum[2] + sum[3]);

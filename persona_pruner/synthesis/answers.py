@@ -87,9 +87,8 @@ def from_endpoint(
             content = questions[number]
             if number < len(references) and references[number]:
                 content += f"\n\n(Say this in your own voice: {references[number]})"
-            reply = client.chat.completions.create(
-                model=name, messages=chat(system, content), max_tokens=max_new_tokens, temperature=0.8, seed=seed + number
-            )
+            common = {"max_tokens": max_new_tokens, "temperature": 0.8, "seed": seed + number}
+            reply = client.chat.completions.create(model=name, messages=chat(system, content), **common)
             ids = _as_ids(tokenizer, reply.choices[0].message.content or "", max_new_tokens)
             out.append(ids)
             done([ids])
