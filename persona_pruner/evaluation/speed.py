@@ -22,7 +22,7 @@ def _decode(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
 
 
 @torch.inference_mode()
-def decode_speeds(models: Sequence[nn.Module], prompt: Sequence[int], tokens: int = 32, rounds: int = 5) -> list[float]:
+def decode_speeds(models: Sequence[nn.Module], prompt: Sequence[int], tokens: int = 32, rounds: int = 3) -> list[float]:
     """Tokens per second of each model when it decodes one conversation, the median over rounds taken in turn."""
     ids = torch.tensor([list(prompt)], device=models[0].get_input_embeddings().weight.device)
     for model in models:

@@ -1,7 +1,7 @@
 """Questions of the persona's own: the base model, under the persona prompt, writes what people would ask it.
 
 The method's paper filters a general bank; data in the character's own domain lowered the held-out divergence far more
-than the same amount of general answers (docs/results.md). The user's turn is begun with one of the
+than the same amount of general answers. The user's turn is begun with one of the
 openings below and the model goes on to its end.
 """
 
