@@ -20,7 +20,7 @@ class SculptConfig(BaseModel):
 
     own_questions: int = Field(128, ge=0, description="questions the base model writes for the persona")
     bank_questions: int = Field(64, ge=0, description="most persona-sensitive questions kept of the bank")
-    bank_candidates: int = Field(96, ge=0, description="bank questions whose sensitivity is measured")
+    bank_candidates: int = Field(128, ge=0, description="bank questions whose sensitivity is measured")
     filter: bool = Field(True, description="sensitivity filter; without it bank questions are drawn at random")
     questions: tuple[str, ...] = Field((), description="further question files or datasets, added to the bank")
     eval_questions: str | None = Field(None, description="held-out question file instead of the bundled held-out split")
