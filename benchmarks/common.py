@@ -57,8 +57,9 @@ def limits(threads: int, device: str = "cpu") -> dict:
     module, count = _native.cpu_module(), 500_000
     data = torch.ones(max(4 * last_cache(), 256 << 20), dtype=torch.uint8)
     forms = {way: [lambda way=way: read(data, way)] for way in READS}
-    lanes = module.multiply_add(1, threads)
-    forms["fma"] = [lambda: module.multiply_add(count, threads)]
+    total = torch.empty(1)
+    lanes = module.multiply_add(total.data_ptr(), 1, threads)
+    forms["fma"] = [lambda: module.multiply_add(total.data_ptr(), count, threads)]
     seconds = turns(forms, 1.0)
     flops = 2 * 10 * lanes * count * threads / seconds.pop("fma")
     best = min(seconds, key=seconds.get)

@@ -71,6 +71,6 @@ def command(*arguments) -> list[str]:
     return [sys.executable, "-P", "-m", "persona_pruner.cli", *map(str, arguments)]
 
 
-def run(*arguments, **options) -> subprocess.CompletedProcess:
-    """The command line in a process of its own."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), **options)
+def run(*arguments, **changes: str) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, with changes to its environment."""
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(**changes))

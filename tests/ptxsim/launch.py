@@ -44,24 +44,34 @@ def as_numpy(a):
 
 
 class Launch:
+    """One run of a kernel.
+
+    args: numpy arrays (pointers, updated in place), (array, byte offset), ints, floats, None, or bytes for by-value
+    structs.
+    races / uninit: shared-memory checkers; races="strict" also reports same-value stores.
+    order: linear | reverse | shuffle (CTA order).
+    schedule: lockstep | warps (warps run one after another between barriers).
+    ctas: only run these CTA indices.  traffic: count memory requests and instructions (stats.traffic).
+    """
+
     def __init__(
         self,
         mod,
         name,
         grid,
         block,
-        args,
-        shared_bytes,
-        races,
-        uninit,
-        order,
-        schedule,
-        seed,
-        max_instr,
-        early_exit_ok,
-        poison,
-        ctas,
-        traffic,
+        args=(),
+        shared_bytes=0,
+        races=False,
+        uninit=False,
+        order="linear",
+        schedule="lockstep",
+        seed=0,
+        max_instr=50_000_000,
+        early_exit_ok=False,
+        poison=True,
+        ctas=None,
+        traffic=False,
     ):
         self.mod, self.grid, self.block = mod, dim3(grid), dim3(block)
         self.K, self.blocks = mod.compiled(name)
@@ -255,48 +265,6 @@ class Module:
         bad = [f.ins for b in blocks.values() for f in b.fns if getattr(f, "error", None) is not None]
         return bad + [b.ins for b in blocks.values() if b.term == "bar" and b.bar["kind"] == "unsupported"]
 
-    def launch(
-        self,
-        name,
-        grid,
-        block,
-        args=(),
-        shared_bytes=0,
-        races=False,
-        uninit=False,
-        order="linear",
-        schedule="lockstep",
-        seed=0,
-        max_instr=50_000_000,
-        early_exit_ok=False,
-        poison=True,
-        ctas=None,
-        traffic=False,
-    ):
-        """Run a kernel. args: numpy arrays (pointers, updated in place), (array, byte offset), ints,
-        floats, None, or bytes for by-value structs.
-
-        races / uninit: shared-memory checkers; races="strict" also reports same-value stores.
-        order: linear | reverse | shuffle (CTA order).
-        schedule: lockstep | warps (warps run one after another between barriers).
-        ctas: only run these CTA indices.  traffic: count memory requests and instructions (stats.traffic).
-        Returns Stats.
-        """
-        return Launch(
-            self,
-            name,
-            grid,
-            block,
-            args,
-            shared_bytes,
-            races,
-            uninit,
-            order,
-            schedule,
-            seed,
-            max_instr,
-            early_exit_ok,
-            poison,
-            ctas,
-            traffic,
-        ).run()
+    def launch(self, name, grid, block, args=(), **options):
+        """Runs a kernel with the options of `Launch` and returns Stats."""
+        return Launch(self, name, grid, block, args, **options).run()
