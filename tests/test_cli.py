@@ -105,7 +105,9 @@ def test_ctrl_c_in_the_middle(base, call, tmp_path):
     arguments = [*SETTINGS, "--set", "steps=200", "--threads", "1"]
     out, state = tmp_path / "run", tmp_path / "run" / "stages" / "search.safetensors"
     words = ["sculpt", "--persona", TEXT, "--model", base, "--out", out, *arguments]
-    with subprocess.Popen(command(*words), stdout=-1, stderr=-1, text=True, env=environment()) as process:
+    # a test run in the background may ignore the signal, and its children with it
+    heard = ["env", "--default-signal=INT", *command(*words)]
+    with subprocess.Popen(heard, stdout=-1, stderr=-1, text=True, env=environment()) as process:
         until = time.monotonic() + 120
         while not state.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)

@@ -36,6 +36,15 @@ def stage(folder, name):
     return json.loads((folder / "stages" / f"{name}.json").read_text())["value"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_texts():
+    """Three neutral passages instead of sixteen: they are most of the time of a tiny sculpt."""
+    every = bank.passages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bank, "passages", lambda split: every(split)[:3])
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(result, folder, recorder) of a sculpt with everything on; not to be changed."""
