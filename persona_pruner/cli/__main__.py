@@ -1,0 +1,3 @@
+from persona_pruner.cli import main
+
+main()
