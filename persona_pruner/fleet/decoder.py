@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from persona_pruner import models, ops
 from persona_pruner.errors import InputError
+from persona_pruner.fleet.memory import Arena
 from persona_pruner.ops.paged_attention import BLOCK
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM")
@@ -27,8 +28,8 @@ class Matrix:
     bias: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: list[nn.Module], dtype: torch.dtype, transposed: bool = False) -> "Matrix":
-        """The weights of linear layers (or an embedding) under each other, in memory of their own."""
+    def of(cls, parts: list[nn.Module], dtype: torch.dtype, arena: Arena, transposed: bool = False) -> "Matrix":
+        """The weights of linear layers (or an embedding) under each other, in the arena."""
         weight = torch.cat([p.weight.detach() for p in parts])
         weight = weight.T if transposed else weight
         biases = [getattr(p, "bias", None) for p in parts]
@@ -38,8 +39,9 @@ class Matrix:
             bias = torch.cat([weight.new_zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])
             bias = bias.detach().float()
         if dtype != torch.int8:
-            return cls(weight.to(dtype).contiguous(), None, bias)
-        return cls(*(t.contiguous() for t in ops.quantize24(weight)), bias)
+            return cls(arena.copy(weight.to(dtype)), None, bias)
+        values, scales = ops.quantize24(weight)
+        return cls(arena.copy(values), scales, bias)
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 [n, K]: some rows of it."""
@@ -104,14 +106,20 @@ class Decoder:
             raise InputError(f"{type(model).__name__} caps its attention scores, which the fleet does not")
         self.cap = getattr(config, "final_logit_softcapping", None)
         self._window = getattr(config, "sliding_window", None)  # of Mistral, whose layers do not say
+        # Weights and batches are made here and fit: the backends are called without the checks of the public ops.
+        self._linear, self._attend, self._ffn = (
+            op.ready(model.get_input_embeddings().weight.device.type)[0].run
+            for op in (ops.norm_linear_op, ops.paged_attention_op, ops.subset_ffn_op)
+        )
         self.dtype = dtype
         self.kv_dtype = torch.bfloat16 if dtype == torch.int8 else dtype
         self.device = model.get_input_embeddings().weight.device
         self._gemma = "Gemma" in type(model).__name__
+        arena = Arena(self.device)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         self.embedding_scale = float(embedding.embed_scale.to(embedding.weight.dtype)) if self._gemma else 1.0
-        self.embedding = Matrix.of([embedding], dtype)
-        self.output = self.embedding if head.weight is embedding.weight else Matrix.of([head], dtype)
+        self.embedding = Matrix.of([embedding], dtype, arena)
+        self.output = self.embedding if head.weight is embedding.weight else Matrix.of([head], dtype, arena)
         self.final_norm = self._norm(decoder.norm)
         kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * len(layers))
         self._rotary_kinds = sorted(set(kinds)) if self._gemma else [None]
@@ -120,7 +128,7 @@ class Decoder:
         self.room(min(self.context, 2048))
         self.layers = []
         for layer, kind in zip(layers, kinds, strict=True):
-            self.layers.append(self._layer(layer, self._rotary_kinds.index(kind) if self._gemma else 0))
+            self.layers.append(self._layer(layer, self._rotary_kinds.index(kind) if self._gemma else 0, arena))
             if consume:
                 layer.mlp = layer.self_attn = None
 
@@ -128,17 +136,17 @@ class Decoder:
         weight = norm.weight.detach().float()
         return weight + 1 if self._gemma else weight.clone()
 
-    def _layer(self, layer: nn.Module, rotary: int) -> Layer:
+    def _layer(self, layer: nn.Module, rotary: int, arena: Arena) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         qk = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        down = Matrix.of([mlp.down_proj], self.dtype, transposed=True)
+        down = Matrix.of([mlp.down_proj], self.dtype, arena, transposed=True)
         ffn_norm = layer.pre_feedforward_layernorm if self._gemma else layer.post_attention_layernorm
         after = (layer.post_attention_layernorm, layer.post_feedforward_layernorm) if self._gemma else ()
         return Layer(
-            Matrix.of([attention.q_proj, attention.k_proj, attention.v_proj], self.dtype),
-            Matrix.of([attention.o_proj], self.dtype),
-            Matrix.of([mlp.gate_proj], self.dtype),
-            Matrix.of([mlp.up_proj], self.dtype),
+            Matrix.of([attention.q_proj, attention.k_proj, attention.v_proj], self.dtype, arena),
+            Matrix.of([attention.o_proj], self.dtype, arena),
+            Matrix.of([mlp.gate_proj], self.dtype, arena),
+            Matrix.of([mlp.up_proj], self.dtype, arena),
             down,
             self._norm(layer.input_layernorm),
             self._norm(ffn_norm),
@@ -185,25 +193,24 @@ class Decoder:
         if self.embedding_scale != 1:
             x *= self.embedding_scale
         for number, layer in enumerate(self.layers):
-            qkv = _linear(x, layer.qkv, layer.attention_norm, self.eps)
-            attended = ops.paged_attention_(
-                qkv, *self.rotary[layer.rotary], batch.positions, batch.rows, batch.tables,
-                keys[number], values[number], self.scale, layer.window, layer.q_norm, layer.k_norm, self.eps,
+            gate, up, down = layer.gate, layer.up, layer.down_t
+            attended = self._attend(
+                self._product(x, layer.qkv, layer.attention_norm), *self.rotary[layer.rotary], batch.positions,
+                batch.rows, batch.tables, keys[number], values[number], self.scale, layer.window, layer.q_norm,
+                layer.k_norm, self.eps,
             )  # fmt: skip
             if layer.after_attention is None:
-                x = _linear(attended, layer.out, residual=x)
+                x = self._product(attended, layer.out, residual=x)
             else:
-                x = x + ops.rms_norm(_linear(attended, layer.out), layer.after_attention, self.eps)
-            y = ops.subset_ffn(
-                x, layer.gate.weight, layer.up.weight, layer.down_t.weight, batch.channels, batch.segments[number],
-                self.act, scales=(layer.gate.scales, layer.up.scales, layer.down_t.scales),
-                biases=(layer.gate.bias, layer.up.bias, layer.down_t.bias), norm=layer.ffn_norm, eps=self.eps,
-                residual=x if layer.after_ffn is None else None,
+                x = x + ops.rms_norm(self._product(attended, layer.out), layer.after_attention, self.eps)
+            y = self._ffn(
+                x, (gate.weight, up.weight, down.weight), batch.channels, batch.segments[number], self.act,
+                (gate.scales, up.scales, down.scales), (gate.bias, up.bias, down.bias), layer.ffn_norm, self.eps,
+                x if layer.after_ffn is None else None,
             )  # fmt: skip
             x = y if layer.after_ffn is None else x + ops.rms_norm(y, layer.after_ffn, self.eps)
-        logits = _linear(x[batch.last], self.output, self.final_norm, self.eps)
+        logits = self._product(x[batch.last], self.output, self.final_norm)
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-
-def _linear(x, matrix, norm=None, eps=0.0, residual=None):
-    return ops.norm_linear(x, matrix.weight, matrix.bias, scales=matrix.scales, norm=norm, eps=eps, residual=residual)
+    def _product(self, x: Tensor, matrix: Matrix, norm: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        return self._linear(x, matrix.weight, matrix.bias, matrix.scales, norm, self.eps, residual)

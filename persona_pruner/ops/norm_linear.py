@@ -8,11 +8,15 @@ scale a row. Products and sums are float32. A row of y depends on that row of x 
 rows of the batch and not on the number of threads.
 """
 
+import struct
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from persona_pruner.errors import InputError
+from persona_pruner.ops import _native
 from persona_pruner.ops._dispatch import Backend, Op
 
 WEIGHTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "i8"}
@@ -76,4 +80,46 @@ def reference(x, weight, bias, scales, norm, eps, residual):
     return y if residual is None else y + residual
 
 
-OP = Op("norm_linear", [Backend("reference", reference)])
+@cache
+def bits(value: float) -> int:
+    """The bits of a float32: native functions take integers."""
+    return struct.unpack("I", struct.pack("f", value))[0]
+
+
+def address(tensor: Tensor | None) -> int:
+    """A tensor's data_ptr, 0 for None; the tensor is contiguous."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@cache
+def cpu_kernel(op: str, dtype: torch.dtype):
+    """The native function of an op for weights (or a cache) of this type."""
+    return getattr(_native.cpu_module(), f"{op}_{WEIGHTS[dtype]}")
+
+
+def cpu_unavailable(device_type: str) -> str | None:
+    """Why native CPU code cannot run on tensors of this kind of device, or None."""
+    if device_type != "cpu":
+        return "it takes CPU tensors"
+    module = _native.cpu_module()
+    return module if isinstance(module, str) else None
+
+
+def _cpu_run(x, weight, bias, scales, norm, eps, residual):
+    x, weight = x.contiguous(), weight.contiguous()
+    bias, scales, norm, residual = (None if t is None else t.contiguous() for t in (bias, scales, norm, residual))
+    (tokens, cols), rows = x.shape, weight.shape[0]
+    y = x.new_empty(tokens, rows)
+    if tokens and rows:
+        cpu_kernel("norm_linear", weight.dtype)(
+            x.data_ptr(), tokens, cols, weight.data_ptr(), rows, address(scales), address(bias), address(norm),
+            bits(eps), address(residual), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def _refuses(x, weight, *rest):
+    return None if x.dtype == torch.float32 else f"it has no kernel for x of {x.dtype}"
+
+
+OP = Op("norm_linear", [Backend("cpu", _cpu_run, cpu_unavailable, _refuses), Backend("reference", reference)])

@@ -14,7 +14,16 @@ from torch import Tensor
 from persona_pruner.errors import InputError
 from persona_pruner.ops._dispatch import Backend, Op
 from persona_pruner.ops.importance import ACTS, activation
-from persona_pruner.ops.norm_linear import WEIGHTS, check_scales, product, rms_norm
+from persona_pruner.ops.norm_linear import (
+    WEIGHTS,
+    address,
+    bits,
+    check_scales,
+    cpu_kernel,
+    cpu_unavailable,
+    product,
+    rms_norm,
+)
 
 NONE = (None, None, None)
 
@@ -78,6 +87,9 @@ def _check(x, weights, channels, segments, act, scales, biases, norm, residual):
         segments = torch.tensor([[len(x), 0, len(channels)]])
     if segments.dim() != 2 or segments.shape[1] != 3 or segments.dtype != torch.int64 or segments.is_cuda:
         raise InputError("subset_ffn: segments must be int64 [S, 3] on the CPU")
+    for start, length in segments[:, 1:].tolist() if channels.numel() > 1 else ():
+        if not bool((channels[start : start + length].diff() > 0).all()):
+            raise InputError("subset_ffn: the channels of a segment must ascend")
     rows, first, count = segments.T
     if bool((segments < 0).any()) or int(rows.sum()) != len(x) or bool((first + count > len(channels)).any()):
         raise InputError(f"subset_ffn: the segments must cover {len(x)} rows and lie in {len(channels)} channels")
@@ -101,4 +113,25 @@ def reference(x, weights, channels, segments, act, scales, biases, norm, eps, re
     return (y if residual is None else y + residual.to(wide)).to(x.dtype)
 
 
-OP = Op("subset_ffn", [Backend("reference", reference)])
+def _cpu_run(x, weights, channels, segments, act, scales, biases, norm, eps, residual):
+    kind, wide = x.dtype, x.float().contiguous()
+    weights = [w.contiguous() for w in weights]
+    rest = (*scales, *biases, norm)
+    *rest, residual = (None if t is None else t.contiguous() for t in (*rest, residual))
+    residual = None if residual is None else residual.float()
+    channels, segments = channels.contiguous(), segments.contiguous()
+    y = torch.empty_like(wide)
+    if y.numel():
+        cpu_kernel("subset_ffn", weights[0].dtype)(
+            wide.data_ptr(), *wide.shape, *map(Tensor.data_ptr, weights), *map(address, rest), bits(eps),
+            address(residual), y.data_ptr(), channels.data_ptr(), segments.data_ptr(), len(segments),
+            weights[0].shape[0], act == "gelu_tanh", torch.get_num_threads(),
+        )  # fmt: skip
+    return y.to(kind)
+
+
+def _refuses(x, *rest):
+    return f"it has no kernel for x of {x.dtype}" if x.dtype == torch.float64 else None
+
+
+OP = Op("subset_ffn", [Backend("cpu", _cpu_run, cpu_unavailable, _refuses), Backend("reference", reference)])
