@@ -138,7 +138,7 @@ def serve_llama(path: str, threads: int) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         request = {"prompt": QUESTION, "n_predict": int(line), "temperature": 0, "ignore_eos": True}
-        answer = server.handle_completions(json.dumps(request))
+        answer = server.handle_completions(request)
         answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
         answer = answer[0] if isinstance(answer, list) else answer
         print(answer["timings"]["predicted_per_second"], flush=True)
