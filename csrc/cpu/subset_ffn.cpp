@@ -13,7 +13,7 @@ namespace {
 using namespace pp;
 
 constexpr int64_t kParts = 8;
-constexpr int kGroup = 8;             // channels whose products are made before they are multiplied into y
+constexpr int kGroup = 4;             // channels whose products are made before they are multiplied into y
 constexpr int64_t kChunk = 64;        // tokens at a time: their sums, kParts * kChunk * H, stay in the caches
 constexpr int64_t kSmall = 64 << 10;  // weights below which one thread is faster
 

@@ -50,7 +50,7 @@ def subset_ffn(
     channels[first : first + count], ascending. None: all rows use all of `channels`; channels None: all channels.
     x: float32, or the weights' float dtype; y has its dtype. scales: float32 [C] three times, with int8 weights.
     biases: float32 (gate [C], up [C], down [H]), each may be None; norm float32 [H]; residual like x. act: 'silu',
-    'gelu_tanh'. No gradients. `backend`: 'cpu', 'triton', 'reference', or None for the best one. Raises InputError
+    'gelu_tanh'. No gradients. `backend`: 'cpu', 'reference', or None for the best one. Raises InputError
     naming the limit.
     """
     channels, segments = _check(x, (w_gate, w_up, w_down_t), channels, segments, act, scales, biases, norm, residual)
