@@ -1,5 +1,7 @@
 # make demo   sets everything up and sculpts the blacksmith on SmolLM2-135M
 # make test   sets everything up and passes the tests
+# make gpu-check   compiles the GPU kernels for every target and counts what they ask of the hardware (nvcc, no GPU)
+# make sanitize    tests the CPU kernels under AddressSanitizer and UBSan
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -P -m pip --disable-pip-version-check
@@ -8,7 +10,7 @@ NATIVE := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp
 export PERSONA_PRUNER_CUDA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
 export PIP_QUIET ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint gpu-check sanitize clean
 
 demo: .venv/demo
 	$(BIN)/persona-pruner sculpt --persona examples/cards/blacksmith.json --model smollm2-135m --ratio 0.25 --out runs/blacksmith
@@ -20,6 +22,20 @@ test: .venv/test
 lint: .venv/test
 	$(BIN)/python -P -m ruff check .
 	$(BIN)/python -P -m ruff format --check .
+
+gpu-check: .venv/test
+	$(BIN)/python -P benchmarks/gpu_check.py
+
+# The package with its C++ modules built anew into build/sanitize, which PYTHONPATH puts before the installed one.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: .venv/test
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" PERSONA_PRUNER_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	for isa in `$(BIN)/python -P -c 'from persona_pruner.ops._native import *; print(*(i for i, n in ISAS.items() if n - {"AuthenticAMD"} <= cpu_flags()))'`; do \
+	  echo "sanitize: $$isa"; \
+	  PERSONA_PRUNER_ISA=$$isa PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="`gcc -print-file-name=libasan.so` `gcc -print-file-name=libubsan.so`" \
+	  $(BIN)/python -P -m pytest -q -p no:cacheprovider tests/test_linear24.py tests/test_importance.py tests/test_linear24_bounds.py || exit 1; \
+	done
 
 # torch comes first and alone: its pinned version is satisfied by a CPU build, so nothing later brings in a CUDA one.
 .venv/torch: constraints.txt

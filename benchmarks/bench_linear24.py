@@ -4,12 +4,12 @@
     persona-pruner bench linear24 --short                                           (under a minute)
 
 Shapes are those of the linear layers of three models. "streamed": every call reads weights that are no longer in any
-cache (each contestant rotates through copies of twice the last-level cache); "hot": the same weights again and again,
-where they fit. A result is compared with float64 before it is timed; contestants take turns in one run; a figure is a
-median and contains the call from Python. Peers: torch (F.linear) in float32 and bfloat16, its dynamic int8 layer,
-oneDNN with weights packed beforehand, and for one token our own dense matrix-vector product, the honest limit, which
-gets its integers already quantized. Bandwidth is that of reading the values of 2:4 bf16 in the same turns. On a GPU
-(--device cuda) the peers are cuBLAS, cuSPARSELt and CUTLASS in torch.
+cache (between two uses of a copy the contestants together read twice the last-level cache); "hot": the same weights
+again and again, where they fit. A result is compared with float64 before it is timed; contestants take turns in one
+run; a figure is a median and contains the call from Python. Peers: torch (F.linear) in float32 and bfloat16, its
+dynamic int8 layer, oneDNN with weights packed beforehand, and for one token our own dense matrix-vector product, the
+honest limit, which gets its integers already quantized. Bandwidth: bytes like the values of 2:4 bf16 are read from
+other memory in the same turns. On a GPU (--device cuda) the peers are cuBLAS, cuSPARSELt and CUTLASS in torch.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from persona_pruner.benchmarks import common
-from persona_pruner.ops import _native, linear24, pack_linear24, quantize24, select24, unpack24
+from persona_pruner.ops import _native, bind24, linear24, pack_linear24, quantize24, select24, unpack24
 
 MODELS = {  # q/o, k/v, gate/up, down as (N, K)
     "smollm2-135m": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
@@ -76,7 +76,15 @@ def forms_cpu(dense, x, oracle):
         xt, error = (x, 1e-5) if dtype == F32 else (xb, 0.01)
         values, meta = select24(w)
         kept[dtype] = oracle(unpack24(values, meta))
-        forms[f"2:4 {name}"] = Form(run_packed, (values, meta), clone, xt, size_of(values, meta), kept[dtype], error)
+        forms[f"2:4 {name}"] = Form(
+            run_packed,
+            bind(values, meta),
+            lambda _, v=values, m=meta: bind(v.clone(), m.clone()),
+            xt,
+            size_of(values, meta),
+            kept[dtype],
+            error,
+        )
         forms[f"torch {name}"] = Form(lambda w, x: F.linear(x, *w), (w,), clone, xt, w.nbytes, exact, error)
 
         def pack(weight, w=w):
@@ -86,7 +94,9 @@ def forms_cpu(dense, x, oracle):
     values, meta = select24(dense)
     values, scales = quantize24(values)
     packed = values, meta, scales
-    forms["2:4 int8"] = Form(run_packed, packed, clone, xb, size_of(*packed), oracle(unpack24(*packed)), 0.02)
+    forms["2:4 int8"] = Form(
+        run_packed, bind(*packed), lambda _: bind(*clone(packed)), xb, size_of(*packed), oracle(unpack24(*packed)), 0.02
+    )
 
     def prepack(weight):
         with warnings.catch_warnings():
@@ -113,7 +123,12 @@ def forms_cpu(dense, x, oracle):
 
 
 def run_packed(weight, x):
-    return linear24(x, *weight[:2], scales=weight[2] if len(weight) > 2 else None)
+    return weight[0](x)
+
+
+def bind(*tensors):
+    """The packed weight as SparseLinear24 holds it: checked once, its tensors kept alive by the function."""
+    return (bind24(pack_linear24(*tensors)),)
 
 
 def run_onednn(weight, x):
@@ -171,6 +186,7 @@ def check(name, form):
         raise SystemExit(f"{name}: relative error {error:.2g}, allowed {form.error:.2g}; nothing is timed")
 
 
+@torch.no_grad()
 def measure(n, k, tokens, caches, budget, device, way):
     """One shape: {cache: {contestant: seconds}} and {contestant: share of the bandwidth in the same turns}."""
     generator = torch.Generator().manual_seed(n + k)
@@ -178,14 +194,16 @@ def measure(n, k, tokens, caches, budget, device, way):
     x = torch.randn(tokens, k, generator=generator).to(device)
     forms = (forms_cuda if device == "cuda" else forms_cpu)(dense, x, lambda w: x.double() @ w.double().T)
     cache, calls, found, shares = common.last_cache(), {}, {}, {}
+    total = sum(form.size for form in forms.values())  # read in a round, between two uses of one copy
     for name, form in forms.items():
         check(f"{name}, M {tokens} N {n} K {k}", form)
         form.exact = None
-        copies = max(2, math.ceil(2 * cache / form.size)) if "streamed" in caches else 1
+        copies = max(2, math.ceil(2 * cache / total)) if "streamed" in caches else 1
         weights = [form.weight] + [form.copy(form.weight) for _ in range(copies - 1)]
         calls[name] = [lambda w=w, form=form: form.run(w, form.x) for w in weights]
-        if name == "2:4 bf16" and way:
-            calls["read"] = [lambda w=w: common.read(w[0], way) for w in weights]
+        if name == "2:4 bf16" and way:  # as many bytes as its values, of memory that no contestant touches
+            spare = [torch.ones(n, k // 2, dtype=BF16) for _ in weights]
+            calls["read"] = [lambda data=data: common.read(data, way) for data in spare]
     for kind in caches:
         if kind == "streamed" or 2 * dense.numel() <= cache // 2:
             found[kind] = common.turns(calls, budget, kind == "hot", device)
@@ -196,12 +214,14 @@ def measure(n, k, tokens, caches, budget, device, way):
     return found, shares
 
 
+@torch.no_grad()
 def overhead(device) -> dict:
     """Microseconds of a call with next to no work: the cost of Python, checks and allocation."""
     w, x = torch.randn(8, 64, device=device).to(BF16), torch.randn(1, 64, device=device).to(BF16)
     values, meta = select24(w)
     packed = pack_linear24(values, meta)
-    forms = {"linear24": [lambda: linear24(x, packed)], "F.linear": [lambda: F.linear(x, w)]}
+    call = bind24(packed) if device == "cpu" else lambda x: linear24(x, packed)
+    forms = {"2:4": [lambda: call(x)], "F.linear": [lambda: F.linear(x, w)]}
     return {name: 1e6 * seconds for name, seconds in common.turns(forms, 0.5, True, device).items()}
 
 

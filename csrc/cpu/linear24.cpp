@@ -1,4 +1,5 @@
-// linear24 for float32, bf16 and fp16 weights: x is permuted in registers, W is never expanded.
+// linear24 for float32, bf16 and fp16 weights. Few tokens: x is permuted in registers, W is never expanded; from 8 tokens
+// on linear24_lanes.h is faster.
 // Per 16 kept weights and token: one permute of x and one FMA, so a dense kernel at its FMA peak is matched in
 // multiply-adds, and at small M, where memory decides, 9/16 of the bytes (bf16) are read.
 // Sums are float32 whatever the type of W.
@@ -8,6 +9,7 @@
 
 #include "op.h"
 #include "linear24.h"
+#include "linear24_lanes.h"
 #include "linear24_stream.h"
 #include "rows.h"
 #include "vec.h"
@@ -19,6 +21,7 @@ using namespace pp;
 // A tile is R rows times M tokens. kSpan: columns of x that one vector of kept weights covers.
 constexpr int kSpan = 2 * kLanes;
 constexpr int kRows = 4, kTokens = 4;
+constexpr int64_t kPanel = kMostVectors * kLanes, kLanesFrom = kLanes == 4 ? 2 : 8;  // tokens
 constexpr int64_t kRowBlock = 64;  // rows that pass over one tile of x before the next; W of a block stays in L2
 
 inline uint32_t load_meta(const uint8_t* p, int64_t bytes) {
@@ -233,10 +236,10 @@ void run_rows(const Job<T>& job, int64_t first, int64_t last, int64_t token) {
 }
 
 template <class T>
-void permute(const Linear24<T>& a) {
+void permute(const Linear24<T>& a, int64_t begin) {
   const int64_t stride = round_up(a.cols, kSpan);
-  std::unique_ptr<float[]> x(new float[a.tokens * stride + kLanes]);
-  for (int64_t t = 0; t < a.tokens; ++t) {
+  const auto x = aligned<float>(a.tokens * stride + kLanes);
+  for (int64_t t = begin; t < a.tokens; ++t) {
     float* row = x.get() + t * stride;
     for (int64_t c = 0; c < stride; c += kLanes) {
       const VecF v = c + kLanes <= a.cols ? load(a.x + t * a.cols + c)
@@ -253,7 +256,7 @@ void permute(const Linear24<T>& a) {
     for (int64_t block = first; block < last; block += kRowBlock) {
       const int64_t end = std::min(last, block + kRowBlock);
       Job<T> job{a, x.get(), stride, tiles * kRows};
-      int64_t t = 0;
+      int64_t t = begin;
       for (; t + kTokens <= a.tokens; t += kTokens, job.ahead = 0) run_rows<T, kTokens>(job, block, end, t);
       for (; t + 2 <= a.tokens; t += 2, job.ahead = 0) run_rows<T, 2>(job, block, end, t);
       for (; t < a.tokens; ++t, job.ahead = 0) run_rows<T, 1>(job, block, end, t);
@@ -298,7 +301,13 @@ void linear24(std::uintptr_t x, std::uintptr_t values, std::uintptr_t meta, std:
     if (by_tiles(a)) return;
   }
 #endif
+#if defined(PP_STREAM)
   permute(a);
+#else
+  const int64_t rest = tokens % kPanel < kLanesFrom ? tokens % kPanel : 0;
+  if (tokens > rest) by_lanes<T>(a, tokens - rest);
+  if (rest) permute(a, tokens - rest);
+#endif
 }
 
 }  // namespace

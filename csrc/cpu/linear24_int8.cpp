@@ -35,7 +35,7 @@ constexpr int kTokens = 8;
 constexpr int64_t kRowBlock = 32;
 
 struct Tokens {
-  std::unique_ptr<int8_t[]> q;  // [tokens, stride], zeros behind the last column
+  std::unique_ptr<int8_t[], Free> q;  // [tokens, stride], zeros behind the last column
   std::unique_ptr<float[]> sx;
   int64_t stride;
 };
@@ -87,11 +87,7 @@ inline uint64_t load_bytes(const uint8_t* p, int64_t bytes) {
   return bits;
 }
 
-#if defined(PP_STREAM)
-
-// linear24_stream.h does it all
-
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 
 // Shuffles see 16 bytes of x at a time: pieces 0 2 4 6 go with the low unpack of two rows, 1 3 5 7 with the high one;
 // bytes become q + 128, since the multiply-add takes unsigned times signed. sum(w) * 128 is taken off at the end.
@@ -105,14 +101,27 @@ void prepare(int8_t* q, int64_t stride) {
   }
 }
 
+inline __m512i add_halves(__m512i a, __m512i b, bool lanes) {
+  const __m512 x = (__m512)a, y = (__m512)b;
+  return lanes ? _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd))
+               : _mm512_add_epi32((__m512i)_mm512_shuffle_ps(x, y, 0x88), (__m512i)_mm512_shuffle_ps(x, y, 0xdd));
+}
+
+// Totals of both rows in 8 vectors of pair(): token after token.
+inline __m512i totals(const __m512i* v) {
+  const __m512i a = add_halves(v[0], v[1], false), b = add_halves(v[2], v[3], false);
+  const __m512i c = add_halves(v[4], v[5], false), d = add_halves(v[6], v[7], false);
+  return add_halves(add_halves(a, b, true), add_halves(c, d, true), true);
+}
+
+// out [M][2]: the integer sums of two rows for M tokens
 template <int M>
 void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, const int8_t* x, int64_t stride,
-          int64_t ahead, int32_t (*out)[M]) {
+          int64_t ahead, int32_t* out) {
   const __m512i field_low = _mm512_set1_epi64(0x0e0c0a0806040200), field_high = _mm512_set1_epi64(0x1e1c1a1816141210);
   const __m512i base = _mm512_set1_epi64(0x0c0c080804040000), three = _mm512_set1_epi8(3);
   const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum[M], weight_sum = _mm512_setzero_si512();
-  for (auto& s : sum) s = _mm512_setzero_si512();
+  __m512i sum[M] = {}, weight_sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < half; i += 64) {
     const int64_t n = std::min<int64_t>(64, half - i);
     const __mmask64 valid = n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
@@ -131,16 +140,26 @@ void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, 
         _mm512_ternarylogic_epi64(_mm512_multishift_epi64_epi8(field_high, bits), three, base, 0xea);
     const __m512i low = _mm512_unpacklo_epi64(a, b), high = _mm512_unpackhi_epi64(a, b);
     weight_sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(weight_sum, ones, low), ones, high);
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const int8_t* p = x + m * stride + 2 * i;
       sum[m] = _mm512_dpbusd_epi32(sum[m], _mm512_shuffle_epi8(_mm512_loadu_si512(p), index_low), low);
       sum[m] = _mm512_dpbusd_epi32(sum[m], _mm512_shuffle_epi8(_mm512_loadu_si512(p + 64), index_high), high);
     }
   }
-  for (int m = 0; m < M; ++m) {
-    const __m512i s = _mm512_sub_epi32(sum[m], _mm512_slli_epi32(weight_sum, 7));
-    out[0][m] = _mm512_mask_reduce_add_epi32(0x3333, s);
-    out[1][m] = _mm512_mask_reduce_add_epi32(0xcccc, s);
+  __m512i result[M];  // not sum itself: GCC would keep an array that others see in memory
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) result[m] = _mm512_sub_epi32(sum[m], _mm512_slli_epi32(weight_sum, 7));
+  if constexpr (M % 8 == 0) {
+    for (int m = 0; m < M; m += 8) {
+      const __m512i all = totals(result + m);
+      std::memcpy(out + 2 * m, &all, sizeof all);
+    }
+  } else {
+    for (int m = 0; m < M; ++m) {
+      out[2 * m] = _mm512_mask_reduce_add_epi32(0x3333, result[m]);
+      out[2 * m + 1] = _mm512_mask_reduce_add_epi32(0xcccc, result[m]);
+    }
   }
 }
 
@@ -161,7 +180,7 @@ inline __m256i indices(__m256i bytes) {
 
 template <int M>
 void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, const int8_t* x, int64_t stride,
-          int64_t ahead, int32_t (*out)[M]) {
+          int64_t ahead, int32_t* out) {
   // 8 bytes of metadata a row; a 128-bit lane of the low unpack needs bytes 0 1 (lane 0) and 4 5 (lane 1) of both rows
   const __m256i spread_low = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 8, 8, 8, 8, 9, 9, 9, 9,  //
                                               4, 4, 4, 4, 5, 5, 5, 5, 12, 12, 12, 12, 13, 13, 13, 13);
@@ -199,8 +218,8 @@ void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, 
   }
   for (int m = 0; m < M; ++m) {
     const VecI s = (VecI)sum[m];
-    out[0][m] = s[0] + s[1] + s[4] + s[5];
-    out[1][m] = s[2] + s[3] + s[6] + s[7];
+    out[2 * m] = s[0] + s[1] + s[4] + s[5];
+    out[2 * m + 1] = s[2] + s[3] + s[6] + s[7];
   }
 }
 
@@ -210,44 +229,29 @@ void prepare(int8_t*, int64_t) {}
 
 template <int M>
 void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, const int8_t* x, int64_t stride,
-          int64_t ahead, int32_t (*out)[M]) {
+          int64_t ahead, int32_t* out) {
   for (int r = 0; r < 2; ++r) {
-    for (int m = 0; m < M; ++m) out[r][m] = 0;
+    for (int m = 0; m < M; ++m) out[2 * m + r] = 0;
     for (int64_t i = 0; i < half; ++i) {
       const int64_t column = 4 * (i / 2) + (meta[r][i / 4] >> 2 * (i % 4) & 3);
-      for (int m = 0; m < M; ++m) out[r][m] += w[r][i] * x[m * stride + column];
+      for (int m = 0; m < M; ++m) out[2 * m + r] += w[r][i] * x[m * stride + column];
     }
   }
 }
 
 #endif
 
-#if defined(PP_STREAM)
-
+// y of `count` rows of one token from their integer sums
 template <class T>
-void permute(const Linear24<T>& a, Tokens& x) {
-  const auto* q = reinterpret_cast<const uint8_t*>(x.q.get());
-  const auto packed = pack_tokens<StreamInt8>(a.tokens, a.cols, [&](int64_t token, int64_t c, int64_t, uint8_t* to) {
-    for (int i = 0; i < kSpan; ++i) to[i] = q[token * x.stride + c + i] ^ 128;
-  });
-  const Stream<StreamInt8> job{packed.get(), x.stride / kSpan, static_cast<const int8_t*>(a.values), a.meta, a.tokens, a.rows, a.cols, a.threads};
-  stream(job, [&](int64_t token, int64_t row, int count, const int32_t* sums) {
-    for (int i = 0; i < count; i += kLanes) {
-      const int n = std::min(kLanes, count - i);
-      VecF v = __builtin_convertvector(load_raw<VecI>(sums + i), VecF) * (splat(x.sx[token]) * load(a.scales + row + i, n));
-      if (a.bias) v += load(a.bias + row + i, n);
-      store(a.y + token * a.rows + row + i, v, n);
-    }
-  });
-}
-
-#else
-
-template <class T>
-void finish(const Linear24<T>& a, const Tokens& x, int64_t token, int64_t row, int32_t sum) {
-  VecF v{static_cast<float>(sum) * (x.sx[token] * a.scales[row])};
-  if (a.bias) v += load(a.bias + row, 1);
-  store(a.y + token * a.rows + row, v, 1);
+void finish(const Linear24<T>& a, const Tokens& x, int64_t token, int64_t row, int64_t count, const int32_t* sums) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, count - i));
+    VecI whole{};
+    std::memcpy(&whole, sums + i, n * sizeof(int32_t));
+    VecF v = __builtin_convertvector(whole, VecF) * (splat(x.sx[token]) * load(a.scales + row + i, n));
+    if (a.bias) v += load(a.bias + row + i, n);
+    store(a.y + token * a.rows + row + i, v, n);
+  }
 }
 
 template <class T, int M>
@@ -255,35 +259,51 @@ void run_pairs(const Linear24<T>& a, const Tokens& x, int64_t first, int64_t las
   const int64_t half = a.cols / 2;
   // Prefetch whole pairs of rows, at least 4 KB ahead.
   const int64_t ahead = 2 * half * std::max<int64_t>(1, 2048 / std::max<int64_t>(half, 1));
+  int32_t sums[M][kRowBlock];
   for (int64_t row = first; row < last; row += 2) {
     const int64_t other = std::min(row + 1, last - 1);
     const int8_t* values = static_cast<const int8_t*>(a.values);
     const int8_t* const w[2] = {values + row * half, values + other * half};
     const uint8_t* const meta[2] = {a.meta + row * a.meta_stride(), a.meta + other * a.meta_stride()};
-    int32_t sum[2][M];
-    pair<M>(w, meta, half, x.q.get() + token * x.stride, x.stride, ahead, sum);
-    for (int m = 0; m < M; ++m) {
-      finish(a, x, token + m, row, sum[0][m]);
-      if (other != row) finish(a, x, token + m, other, sum[1][m]);
-    }
+    int32_t both[2 * M];
+    pair<M>(w, meta, half, x.q.get() + token * x.stride, x.stride, ahead, both);
+    for (int m = 0; m < M; ++m) std::memcpy(sums[m] + row - first, both + 2 * m, 2 * sizeof(int32_t));
   }
+  for (int m = 0; m < M; ++m) finish(a, x, token + m, first, last - first, sums[m]);
 }
 
+// Tokens [begin, end), two rows at a time.
 template <class T>
-void permute(const Linear24<T>& a, Tokens& x) {
-  for (int64_t t = 0; t < a.tokens; ++t) prepare(x.q.get() + t * x.stride, x.stride);
-  const int64_t bytes = a.rows * a.cols / 2 * std::min<int64_t>(a.tokens, 16);
+void permute(const Linear24<T>& a, Tokens& x, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) prepare(x.q.get() + t * x.stride, x.stride);
+  const int64_t bytes = a.rows * a.cols / 2 * std::min<int64_t>(end - begin, 16);
   split_rows(a.rows, 2, bytes, a.threads, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; block += kRowBlock) {
-      const int64_t end = std::min(last, block + kRowBlock);
-      int64_t t = 0;
-      for (; t + kTokens <= a.tokens; t += kTokens) run_pairs<T, kTokens>(a, x, block, end, t);
-      for (; t + 2 <= a.tokens; t += 2) run_pairs<T, 2>(a, x, block, end, t);
-      for (; t < a.tokens; ++t) run_pairs<T, 1>(a, x, block, end, t);
+      const int64_t stop = std::min(last, block + kRowBlock);
+      int64_t t = begin;
+      for (; t + 2 * kTokens <= end; t += 2 * kTokens) run_pairs<T, 2 * kTokens>(a, x, block, stop, t);
+      for (; t + kTokens <= end; t += kTokens) run_pairs<T, kTokens>(a, x, block, stop, t);
+      for (; t + 4 <= end; t += 4) run_pairs<T, 4>(a, x, block, stop, t);
+      for (; t + 2 <= end; t += 2) run_pairs<T, 2>(a, x, block, stop, t);
+      for (; t < end; ++t) run_pairs<T, 1>(a, x, block, stop, t);
     }
   });
 }
 
+#if defined(PP_STREAM)
+// Tokens from `begin` on, row after row. It loads x twice for each multiply-add, permute() once: 8 tokens are faster there.
+template <class T>
+void by_stream(const Linear24<T>& a, const Tokens& x, int64_t begin) {
+  const auto* q = reinterpret_cast<const uint8_t*>(x.q.get()) + begin * x.stride;
+  const int64_t tokens = a.tokens - begin;
+  const auto packed = pack_tokens<StreamInt8>(tokens, a.cols, [&](int64_t token, int64_t c, int64_t, uint8_t* to) {
+    for (int i = 0; i < kSpan; ++i) to[i] = q[token * x.stride + c + i] ^ 128;
+  });
+  const Stream<StreamInt8> job{packed.get(), x.stride / kSpan, static_cast<const int8_t*>(a.values), a.meta, tokens, a.rows, a.cols, a.threads};
+  stream(job, [&](int64_t token, int64_t row, int count, const int32_t* sums) {
+    finish(a, x, begin + token, row, count, sums);
+  });
+}
 #endif
 
 template <class T>
@@ -292,16 +312,7 @@ bool by_tiles(const Linear24<T>& a, const Tokens& x) {
   if (a.tokens < kAmxTokens) return false;
   std::unique_ptr<int32_t[]> sums(new int32_t[a.tokens * a.rows]);
   if (!amx_int8({x.q.get(), x.stride, a.values, a.meta, sums.get(), a.tokens, a.rows, a.cols, a.threads})) return false;
-  for (int64_t t = 0; t < a.tokens; ++t) {
-    for (int64_t r = 0; r < a.rows; r += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, a.rows - r));
-      VecI whole{};
-      std::memcpy(&whole, sums.get() + t * a.rows + r, n * sizeof(int32_t));
-      VecF v = __builtin_convertvector(whole, VecF) * (splat(x.sx[t]) * load(a.scales + r, n));
-      if (a.bias) v += load(a.bias + r, n);
-      store(a.y + t * a.rows + r, v, n);
-    }
-  }
+  for (int64_t t = 0; t < a.tokens; ++t) finish(a, x, t, 0, a.rows, sums.get() + t * a.rows);
   return true;
 #else
   return false;
@@ -316,9 +327,17 @@ void linear24_i8(std::uintptr_t x, std::uintptr_t values, std::uintptr_t meta, s
                       tokens,                      rows,                        cols,
                       threads};
   const int64_t stride = round_up(cols, kSpan);
-  Tokens q{std::unique_ptr<int8_t[]>(new int8_t[tokens * stride]()), std::unique_ptr<float[]>(new float[tokens]), stride};
+  Tokens q{aligned<int8_t>(tokens * stride), std::unique_ptr<float[]>(new float[tokens]), stride};
+  std::memset(q.q.get(), 0, tokens * stride);
   for (int64_t t = 0; t < tokens; ++t) quantize(a.x + t * cols, cols, q.q.get() + t * stride, q.sx.get() + t);
-  if (!by_tiles(a, q)) permute(a, q);
+  if (by_tiles(a, q)) return;
+#if defined(PP_STREAM)
+  const int64_t full = tokens - tokens % kTokens;
+  if (full) permute(a, q, 0, full);
+  if (full < tokens) by_stream(a, q, full);
+#else
+  permute(a, q, 0, tokens);
+#endif
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline VecF splat(float x) { return VecF{} + x; }
+inline VecF splat(float x) { return x - VecF{}; }  // taking off zero is free, adding it is not: -0.0 would change
 
 template <class V>
 inline V load_raw(const void* p) {
