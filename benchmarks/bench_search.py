@@ -83,7 +83,10 @@ class Plain:
         generator = torch.Generator().manual_seed(0)
 
         def add(layer, value):
-            return lambda slope: sums[layer].add_((value * slope).float().square().flatten(0, -2).sum(0)) and None
+            def square(slope):
+                sums[layer].add_((value * slope).float().square().flatten(0, -2).sum(0))
+
+            return square
 
         handles = self.under(leaves, add)
         try:
