@@ -224,8 +224,8 @@ def alone(args) -> None:
 
 CONTESTANTS = {
     "plain, random start, CE": ("plain", "ce"),
-    "plain, from scores, KL": ("plain", "kl"),
     "ours": ("ours", "kl"),
+    "plain, from scores, KL": ("plain", "kl"),
 }
 
 
