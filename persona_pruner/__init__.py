@@ -12,6 +12,7 @@ _PUBLIC = {
     "PersonaFile": "formats.persona_file",
     "sculpt": "pipeline",
     "SculptResult": "pipeline",
+    "sculpt_many": "many",
     "SculptConfig": "config",
     "load_model": "models",
     "SparseLinear24": "nn.sparse",

@@ -21,14 +21,15 @@ PACKAGE = ROOT / "persona_pruner"
 ORDER = [
     {"errors", "__version__"},
     {"prefix_attention", "files", "config", "persona"},
-    {"models", "packing", "progress"},
+    {"models", "packing", "progress", "executors"},
     {"ops"},
     {"nn"},
     {"synthesis", "search", "formats", "fleet", "compat"},
     {"runtime", "workspace", "doctor", "testing"},
     {"evaluation"},
-    {"report"},
+    {"report", "generic"},
     {"pipeline"},
+    {"many"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
