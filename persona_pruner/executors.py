@@ -7,6 +7,7 @@ worker included, is tried again.
 
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -183,15 +184,17 @@ class _Ray:
         self.own = not ray.is_initialized()
         if self.own:
             local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-            # PYTHONSAFEPATH: a worker started in a checkout must not find its `kernels` folder before the package
-            environment = {"env_vars": {"PYTHONSAFEPATH": "1"}}
-            address = os.environ.get("RAY_ADDRESS", "local")
-            ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="error", **local)
+            ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="error", **local)
         self.work = ray.put(work)
         self.said = Queue(actor_options={"num_cpus": 0})
 
+        # Ray lets workers import from the driver's working folder; a checkout has a `kernels` of its own, which would
+        # stand in the way of Hugging Face's.
+        here = os.getcwd() if os.getcwd() not in sys.path else None
+
         @ray.remote(num_cpus=1, max_retries=0)
         def attempt(work, index, task, said):
+            sys.path[:] = [path for path in sys.path if path != here]
             return _attempt(work, task, lambda text: said.put((index, "said", text)))
 
         self.attempt = attempt

@@ -19,6 +19,7 @@ from persona_pruner.persona import CARD_SUFFIXES, TEXT_SUFFIXES, Persona
 from persona_pruner.pipeline import made, sculpt
 from persona_pruner.progress import Progress
 from persona_pruner.report import index
+from persona_pruner.search.masks import kept_width
 from persona_pruner.workspace import Workspace
 
 SHARED = "shared"
@@ -135,26 +136,27 @@ def _files_of(where: str) -> list:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found]
 
 
-def _in_dtype(where: str, device: str, dtype: str, shared: Path) -> str:
-    """The checkpoint in the dtype that is asked for, so that processes can map one file instead of holding a converted
-    copy each; as it is where that is the dtype of the file, or where the weights go to another device anyway."""
-    wanted = str(models.resolve_dtype(dtype, device)).removeprefix("torch.")
+def _base(where: str, device: str, dtype: str, ratio: float, shared: Path | None) -> str:
+    """The checkpoint that workers open, after a look at it. With `shared`, one of another dtype is converted there, so
+    that processes map one file instead of holding a converted copy each. Raises InputError for what no card could be
+    sculpted on."""
+    kind = str(models.resolve_dtype(dtype, device)).removeprefix("torch.")
+    model, tokenizer = models.load_model(where, "cpu", kind)
+    for width in models.widths(model):
+        kept_width(width, ratio)
     config = Path(where) / "config.json"
-    if device != "cpu" or not config.is_file():
+    if shared is None or device != "cpu" or not config.is_file():
         return where
     stored = files.read_json(config)
-    if (stored.get("dtype") or stored.get("torch_dtype")) == wanted:
+    if (stored.get("dtype") or stored.get("torch_dtype")) == kind:
         return where
-    folder = shared / f"base-{wanted}-{files.digest(_files_of(where))[:12]}"
-    if not folder.exists():
-        model, tokenizer = models.load_model(where, device, dtype)
+    folder = shared / f"base-{kind}-{files.digest(_files_of(where))[:12]}"
 
-        def write(temporary: Path) -> None:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
-        files.write_folder(folder, write)
-    return str(folder)
+    return str(folder if folder.exists() else files.write_folder(folder, write))
 
 
 def _identity(card: Path, given: list) -> str | None:
@@ -225,12 +227,14 @@ def sculpt_many(
             row |= found
     tasks = [number for number, row in enumerate(rows) if row["status"] != "done"]
     if tasks:
-        if engine != "serial" and workers > 1:
-            where = _in_dtype(where, device, dtype, shared)
+        several = engine != "serial" and workers > 1
+        where = _base(where, device, dtype, config.ratio, shared if several else None)
+        _summary(out, rows, model, config)
         job = Job(model, where, str(out.absolute()), device, dtype, threads, dict(settings))
         book = _Book(rows, tasks, store, watch or Watch())
         executors.run(engine, job, [str(cards[number].absolute()) for number in tasks], workers, retries, book)
-    _summary(out, rows, model, config)
+    else:
+        _summary(out, rows, model, config)
     return rows
 
 

@@ -33,7 +33,9 @@ class Work:
             os.kill(os.getpid(), signal.SIGKILL)
         if word == "sleep":
             try:
-                time.sleep(60)
+                say("asleep")
+                for _ in range(600):  # Ray's interrupt does not end a sleep
+                    time.sleep(0.1)
             finally:
                 Path(self.log).with_name("cleaned").write_text("")
         return word
