@@ -11,6 +11,8 @@ _PUBLIC = {
     "Persona": "persona",
     "PersonaFile": "formats.persona_file",
     "sculpt": "pipeline",
+    "Fleet": "fleet",
+    "Sampling": "fleet",
     "SculptResult": "pipeline",
     "sculpt_many": "many",
     "SculptConfig": "config",
