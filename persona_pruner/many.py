@@ -11,11 +11,12 @@ from functools import cache
 from pathlib import Path
 
 from persona_pruner import __version__, executors, files, models
+from persona_pruner.card_files import CARD_SUFFIXES
 from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError
 from persona_pruner.executors import Outcome, Watch
 from persona_pruner.formats.persona_file import SUFFIX
-from persona_pruner.persona import CARD_SUFFIXES, TEXT_SUFFIXES, Persona
+from persona_pruner.persona import TEXT_SUFFIXES, Persona
 from persona_pruner.pipeline import made, sculpt
 from persona_pruner.progress import Progress
 from persona_pruner.report import index
