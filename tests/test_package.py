@@ -32,7 +32,7 @@ ORDER = [
     {"evaluation"},
     {"report", "generic"},
     {"pipeline"},
-    {"many"},
+    {"many", "serve"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
@@ -99,7 +99,7 @@ def test_importing_is_quick():
 
 def test_stages_do_not_load_transformers_or_triton():
     units = sorted(unit for unit in RANK if (PACKAGE / unit).is_dir() or (PACKAGE / f"{unit}.py").exists())
-    units = [f"persona_pruner.{unit}" for unit in units if unit not in ("__version__", "cli", "report")]
+    units = [f"persona_pruner.{unit}" for unit in units if unit not in ("__version__", "cli", "report", "serve")]
     assert loaded_by(*units) <= {"torch"}
 
 
