@@ -154,8 +154,9 @@ def _base(where: str, device: str, dtype: str, ratio: float, shared: Path | None
     folder = shared / f"base-{kind}-{files.digest(_files_of(where))[:12]}"
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with models.quiet_transformers():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
 
     return str(folder if folder.exists() else files.write_folder(folder, write))
 

@@ -57,6 +57,7 @@ def test_models(server, client):
     assert list(found) == ["tiny", "bram", "lyra"] and found["bram"].owned_by == "persona-pruner"
     one = client.models.retrieve("bram").to_dict()
     assert one["persona"] == "Bram" and one["ratio"] == 0.5 and one["greeting"] == "Hail!" and not one["dense"]
+    assert one["system"] == SYSTEMS["bram"] and "system" not in found["bram"].to_dict()
     assert 0 < one["bytes"] < 1000 < found["tiny"].to_dict()["bytes"]
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve("nobody")

@@ -220,7 +220,7 @@ def create_app(
     async def model(name: str):
         if name not in engine.characters:
             return failure(404, f"the model {name!r} does not exist", "model_not_found")
-        return _model(engine.characters[name])
+        return {**_model(engine.characters[name]), "system": engine.characters[name].system}
 
     @app.get("/health")
     async def health():

@@ -79,6 +79,7 @@ class Character:
     bytes: int
     ratio: float
     greeting: str
+    system: str
     created: int
     dense: bool = False
 
@@ -91,7 +92,7 @@ class Engine:
         self.base, self.room = base, room
         self.most = fleet.max_queue + fleet.max_rows
         self.stats, self.failure = fleet.stats(), None
-        dense = Character(base, base, fleet.decoder.nbytes, 1.0, "", int(time.time()), True)
+        dense = Character(base, base, fleet.decoder.nbytes, 1.0, "", "", int(time.time()), True)
         self.characters: dict[str, Character] = {base: dense}
         self.closing = False
         self.streams: dict[int, Stream] = {}
@@ -180,7 +181,7 @@ class Engine:
             raise InputError(f"{name} is the name of the base model")
         self._call(lambda: self._fleet.add(name, file))
         info = self._call(lambda: self._fleet.info(name))
-        found = Character(name, file.name, info["bytes"], info["ratio"], file.greeting, created)
+        found = Character(name, file.name, info["bytes"], info["ratio"], file.greeting, file.system, created)
         self.characters = {**self.characters, name: found}
 
     def remove(self, name: str) -> None:
