@@ -429,3 +429,16 @@ def test_bad_requests_of_the_command(capsys, arguments, why):
         cli.main(["serve", *arguments])
     said, errors = capsys.readouterr()
     assert caught.value.code == 2 and said == "" and len(errors.splitlines()) == 1 and why in errors
+
+
+def test_a_load_of_every_kind_of_client(tmp_path, capsys):
+    """The load test of the benchmarks: answers are those given alone, and what is wrong is refused in OpenAI's form."""
+    from persona_pruner.benchmarks import bench_serve
+
+    base, file = save_tiny(tmp_path / "base"), tmp_path / "row.json"
+    words = ["--base", base, "--dtype", "float32", "--short", "--characters", 3, "--threads", 1]
+    bench_serve.main([*map(str, words), "--json", str(file)])
+    row = json.loads(file.read_text())["rows"][0]
+    assert row["lost"] == row["left running"] == row["differ"] == row["ended with"] == 0 and row["requests"] == 24
+    assert {"stream", "vanished"} < set(row) and any(key.startswith(("garbage", "oversize")) for key in row)
+    assert capsys.readouterr().out.endswith("no crash, no lost request, every error in OpenAI's form\n")

@@ -136,6 +136,8 @@ def test_narrow_screens_and_the_policy(tmp_path, browser):
         assert width[0] <= width[1]
         boxes = [found.locator(".side").nth(i).bounding_box() for i in (0, 1)]
         assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # below each other
-        unnamed = found.evaluate(UNNAMED)
-        assert unnamed == []
+        assert found.evaluate(UNNAMED) == []
+        found.click("#settings summary")
+        panel = found.locator(".panel").bounding_box()
+        assert 0 <= panel["x"] and panel["x"] + panel["width"] <= 360
         found.close()

@@ -50,13 +50,14 @@ class Side {
       this.messages.push({ role: "assistant", content: greeting });
       this.show("assistant", greeting);
     }
+    this.log.scrollTop = 0;
     if (!model.dense && this.other?.model?.dense) this.other.reset();
   }
 
   show(kind, text) {
     const item = document.createElement("li");
     item.className = kind;
-    item.textContent = text;
+    speak(item, text);
     this.log.append(item);
     this.log.scrollTop = this.log.scrollHeight;
     return item;
@@ -89,7 +90,7 @@ class Side {
         if (!first) this.facts.first.textContent = `${((first = last) - begun).toFixed(0)} ms`;
         said += piece.choices[0].delta.content ?? "";
         const near = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 60;
-        item.textContent = said;
+        speak(item, said);
         if (near) this.log.scrollTop = this.log.scrollHeight;
       }
     } catch (error) {
@@ -108,6 +109,16 @@ class Side {
     if (problem && talk === this.messages) this.show("problem", problem);
     if (this.abort === abort) this.abort = null;
   }
+}
+
+// Text, in which *what one does* stands apart from what one says.
+function speak(item, text) {
+  item.replaceChildren(...text.split(/(\*[^*\n]+\*)/).map((part, i) => {
+    if (i % 2 === 0) return part;
+    const act = document.createElement("em");
+    act.textContent = part;
+    return act;
+  }));
 }
 
 function label(model) {
