@@ -139,5 +139,5 @@ def test_narrow_screens_and_the_policy(tmp_path, browser):
         assert found.evaluate(UNNAMED) == []
         found.click("#settings summary")
         panel = found.locator(".panel").bounding_box()
-        assert 0 <= panel["x"] and panel["x"] + panel["width"] <= 360
+        assert panel["x"] >= 0 and panel["x"] + panel["width"] <= 360
         found.close()
