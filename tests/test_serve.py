@@ -246,6 +246,8 @@ def test_bodies_that_are_too_large_or_too_slow(tmp_path):
         connection.request("POST", "/v1/chat/completions", (b"x" * 500 for _ in range(9)), kind, encode_chunked=True)
         response = connection.getresponse()
         is_error((response.status, json.loads(response.read()), response.headers), 413)
+        large = chat(text="word " * 1_000_000)  # more than the system's buffers hold: it is read to its end
+        assert [is_error(server.ask("/v1/chat/completions", large), 413)["type"] for _ in range(5)]
         for length, status in (("100", 408), ("-5", 400), ("99999999999999999999", 413)):
             with socket.create_connection(("127.0.0.1", server.port), 30) as raw:
                 head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"

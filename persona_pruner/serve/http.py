@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
@@ -9,6 +10,7 @@ from starlette.responses import JSONResponse
 
 from persona_pruner.serve import schemas
 
+DRAIN = 64 << 20  # bytes of a refused body that are read all the same: a client that is cut off never sees the answer
 OPEN = ("/", "/health", "/page.js", "/page.css", "/favicon.ico")  # without a token
 
 
@@ -33,6 +35,18 @@ def failure(status: int, message: str, code: str | None = None, **rest) -> JSONR
     return JSONResponse(schemas.error(message, kind, code, **rest), status, headers)
 
 
+async def _drain(receive, until: float) -> None:
+    """Reads the rest of a body, up to a size and a time, and forgets it."""
+    left = DRAIN
+    with suppress(TimeoutError):
+        async with asyncio.timeout_at(until):
+            while left > 0:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+                left -= len(message.get("body", b""))
+
+
 class Gate:
     """ASGI middleware: bodies up to a size and within a time, and a bearer token where one is set."""
 
@@ -48,16 +62,19 @@ class Gate:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        if not self._may(scope, headers):
-            refused = failure(401, "a bearer token is needed: Authorization: Bearer TOKEN", "invalid_api_key")
-            return await refused(scope, receive, send)
+        headers, until = dict(scope["headers"]), asyncio.get_running_loop().time() + self.limits.upload
         most, left, whole = self.limits.body, self.limits.body, False
         too_large = HTTPException(413, f"the body is larger than {most} bytes")
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > most:
-            return await failure(413, too_large.detail)(scope, receive, send)
-        until = asyncio.get_running_loop().time() + self.limits.upload
+        refused = None
+        if not self._may(scope, headers):
+            refused = failure(401, "a bearer token is needed: Authorization: Bearer TOKEN", "invalid_api_key")
+        elif not length.isdigit() or int(length) > most:
+            refused = failure(413, too_large.detail)
+        if refused:
+            if length.isdigit() and int(length) <= DRAIN:
+                await _drain(receive, until)
+            return await refused(scope, receive, send)
 
         async def limited():
             nonlocal left, whole
@@ -71,6 +88,9 @@ class Gate:
             if message["type"] == "http.request":
                 whole, left = not message.get("more_body", False), left - len(message.get("body", b""))
                 if left < 0:
+                    if not whole:
+                        await _drain(receive, until)
+                    whole = True
                     raise too_large
             return message
 
