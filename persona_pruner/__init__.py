@@ -14,6 +14,7 @@ _PUBLIC = {
     "Fleet": "fleet",
     "Sampling": "fleet",
     "SculptResult": "pipeline",
+    "sculpt_many": "many",
     "SculptConfig": "config",
     "load_model": "models",
     "SparseLinear24": "nn.sparse",
