@@ -29,6 +29,7 @@ ORDER = [
     {"evaluation"},
     {"report"},
     {"pipeline"},
+    {"study"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
