@@ -196,9 +196,7 @@ def test_depth(packs):
     pruned = prune("depth", Context(model, packs), 0.75)
     gone = sorted(range(6), key=losses.__getitem__)[: 6 - len(pruned.model.layers)]
     rest = [model.model.layers[i].mlp.gate_proj.weight for i in range(6) if i not in gone]
-    assert gone and all(
-        torch.equal(a.mlp.gate_proj.weight, b) for a, b in zip(pruned.model.layers, rest, strict=True)
-    )
+    assert gone and all(torch.equal(a.mlp.gate_proj.weight, b) for a, b in zip(pruned.model.layers, rest, strict=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])

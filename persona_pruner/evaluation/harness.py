@@ -13,8 +13,9 @@ def harness(
 ) -> dict[str, dict[str, float]]:
     """{task: {metric: value}} of lm-eval on a model in memory.
 
-    tasks: names that lm-eval knows, or that task files in the folder `include` define; `limit` questions of each, all by
-    default. Raises InputError without the extra `lm-eval` and for unknown tasks, RunError when a data set cannot be had.
+    tasks: names that lm-eval knows, or that task files in the folder `include` define; `limit` questions of each, all
+    by default. Raises InputError without the extra `lm-eval` and for unknown tasks, RunError when a data set cannot be
+    had.
     """
     try:
         from lm_eval import simple_evaluate

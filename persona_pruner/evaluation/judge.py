@@ -1,8 +1,8 @@
 """A language model as judge of how well answers play a persona: the paper's metric.
 
-The judge is any OpenAI-compatible server. It is told to answer with a number from 0 to 100, or REFUSAL; the score is the
-mean of the numbers weighted by the probability of their tokens where the server gives probabilities, else the number
-in its text. Prompts are those of the paper's question sets (`eval_prompt`, with {question} and {answer}).
+The judge is any OpenAI-compatible server. It is told to answer with a number from 0 to 100, or REFUSAL; the score is
+the mean of the numbers weighted by the probability of their tokens where the server gives probabilities, else the
+number in its text. Prompts are those of the paper's question sets (`eval_prompt`, with {question} and {answer}).
 """
 
 import math
@@ -54,7 +54,7 @@ Which answer plays the character better? Reply with A or B, and nothing else."""
 
 TOP = 20  # the most alternatives that servers give
 LEAST_MASS = 0.25  # of number tokens, below which probabilities say little and the text is taken
-TOKENS = 4
+TOKENS = 8  # room for a word or two before the number
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def _number(token: str) -> str | None:
 
 
 def expected_score(tokens: Sequence[tuple[str, list[tuple[str, float]]]]) -> tuple[float | None, float]:
-    """(mean, mass) of the numbers 0 to 100 that the first tokens of a reply could be.
+    """(mean, mass) of the numbers 0 to 100 that a reply could give where its first number stands, or at its start if it
+    gives none; words that were written before it are taken as given.
 
     tokens: of each place the token that was written and the alternatives with their log-probabilities. Where a
     tokenizer has whole numbers, the first place says it all. Where it has single digits, the digits that were written
@@ -111,8 +112,7 @@ def expected_score(tokens: Sequence[tuple[str, list[tuple[str, float]]]]) -> tup
     that something else follows; what other first digits would have gone on to is not known and not in the mass.
     """
     tokens = list(tokens)
-    while tokens and not tokens[0][0].strip():  # white space before the number
-        tokens.pop(0)
+    tokens = tokens[next((place for place, (written, _) in enumerate(tokens) if _number(written)), 0) :]
     weights: dict[int, float] = {}
 
     def add(digits: str, mass: float) -> None:
@@ -180,7 +180,7 @@ class Judge:
             raise RunError(f"the judge at {self.url} failed: {error}") from error
 
     def _ask(self, prompt: str) -> dict:
-        """{"text", "tokens"}: the reply, and for each token [written, [[alternative, log-probability], ...]] or None."""
+        """{"text", "tokens"}: the reply, and [token, [[alternative, log-probability], ...]] of each token, or None."""
         key = files.digest([self.url, self.model, TOKENS, TOP, prompt])
         if key in self.replies:
             return self.replies[key]
@@ -193,6 +193,8 @@ class Judge:
         content = reply.logprobs.content if reply.logprobs and reply.logprobs.content else None
         tokens = content and [[t.token, [[o.token, o.logprob] for o in t.top_logprobs]] for t in content]
         found = {"text": reply.message.content or "", "tokens": tokens or None}
+        if reply.finish_reason == "length":  # a number at the end may have gone on
+            found["text"] = re.sub(r"\d+$", "", found["text"])
         self.replies[key] = found
         if self.cache:
             files.write_jsonl(self.cache, ({"key": k, "reply": v} for k, v in self.replies.items()))
@@ -241,7 +243,7 @@ def _letter(reply: dict, wanted: str) -> float | None:
 
 
 def summary(verdicts: Sequence[Verdict]) -> dict:
-    """{"score" (mean of those that have one), "scored", "refusals", "unread", "mass" (mean, of those by probability)}."""
+    """{"score" (mean of those that have one), "scored", "refusals", "unread", "mass" (mean, where it is known)}."""
     scores = [v.score for v in verdicts if v.score is not None]
     masses = [v.mass for v in verdicts if v.mass is not None]
     refusals = sum(v.refusal for v in verdicts)

@@ -29,8 +29,8 @@ NOTES = (
     "Drop: pruned minus dense, lower is better; mean over personas (± sample standard deviation over them) of the mean "
     "over seeds. KL and NLL: nats per token of the dense model's own answers to held-out questions. ROUGE-L: greedy "
     "answers against the dense model's greedy answers. Quiz: 60 multiple-choice questions, length-normalised. "
-    "Parameters: outside the embedding table and the head. Seconds: scores, search, repair and recovery; the data of the "
-    "persona are not in them."
+    "Parameters: outside the embedding table and the head. Seconds: scores, search, repair and recovery; the data of "
+    "the persona are not in them."
 )
 
 
@@ -69,7 +69,7 @@ def markdown(result: dict) -> str:
     """The tables and headlines as Markdown."""
     run, names = result["run"], _names(result["table"])
     out = [f"# {run['model']}: {len(run['personas'])} personas, {run['seeds']} seed(s)", ""]
-    out += [f"{run['date']}, {run['machine']}, {run['threads']} thread(s), {run['dtype']}, version {run['version']}.", ""]
+    out += [f"{_about(run)}, {run['threads']} thread(s).", ""]
     for ratio in run["ratios"]:
         out += [f"## {percent(ratio)} of the FFN channels removed", ""]
         head = ["method", "calibration", *(COLUMNS[name][0] for name in names)]
@@ -100,7 +100,12 @@ def markdown(result: dict) -> str:
 
 def _judge(result: dict) -> list[str]:
     judge = result["judge"]
-    out = ["## Judge", "", f"{judge['judge']} at {judge['url']}; drop in points of 0 to 100 from the dense model's score.", ""]
+    out = [
+        "## Judge",
+        "",
+        f"{judge['judge']} at {judge['url']}; drop in points of 0 to 100 from the dense model's score.",
+        "",
+    ]
     head = ["persona", "dense score", "scored", "refusals", "not understood", "probability covered", "prompt sha256"]
     body = [
         [name, *(_number(found[key]) for key in ("score", "scored", "refusals", "unread", "mass")), found["prompt"]]
@@ -110,7 +115,8 @@ def _judge(result: dict) -> list[str]:
     scored = [cell["judge"] for cell in result["cells"]]
     masses = [found["mass"] for found in scored if found["mass"] is not None]
     wins = [found["preferred_to_dense"] for found in scored if found["preferred_to_dense"] is not None]
-    said = f"Over all cells: {sum(f['refusals'] for f in scored)} refusals, {sum(f['unread'] for f in scored)} not understood"
+    refusals, unread = (sum(found[key] for found in scored) for key in ("refusals", "unread"))
+    said = f"Over all cells: {refusals} refusals, {unread} not understood"
     if masses:
         said += f", mean probability of number tokens covered {sum(masses) / len(masses):.3f}"
     if wins:
@@ -196,12 +202,14 @@ def write_analysis(result: dict, folder: Path) -> None:
     from persona_pruner.report import comparison_plots as plots
 
     files.write_json(folder / "analyse.json", result)
-    out, run = [f"# {result['run']['model']}: what the mask depends on", "", f"{_about(result['run'])}.", ""], result["run"]
+    out, run = (
+        [f"# {result['run']['model']}: what the mask depends on", "", f"{_about(result['run'])}.", ""],
+        result["run"],
+    )
     pictures = {}
     for study in result["studies"].values():
         rows = [[_number(value) for value in row] for row in study["rows"]]
         out += [f"## {study['title']}", "", study["about"], "", *_rows([study["head"], *rows]), ""]
-        if study["plot"]:
-            pictures[study["title"]] = plots.study(study)
+        pictures[study["title"]] = plots.study(study)
     files.write_text(folder / "analyse.md", "\n".join(out))
     files.write_text(folder / "analyse.html", page(out[0].removeprefix("# "), _about(run), [], pictures))

@@ -11,8 +11,10 @@ def _colour(line: dict) -> str:
 
 def _label(line: dict) -> str:
     whose = line["calibration"]
-    return line["method"] if whose in ("none", "shared") or line["method"].startswith("persona") else (
-        f"{line['method']}, {whose}"
+    return (
+        line["method"]
+        if whose in ("none", "shared") or line["method"].startswith("persona")
+        else (f"{line['method']}, {whose}")
     )
 
 
@@ -61,7 +63,15 @@ def study(found):
         axes = figure.add_subplot()
         axes.imshow(values, "cividis_r", aspect="auto")
         for (y, x), value in np.ndenumerate(values):
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", size=8, color="white" if value > np.median(values) else "black")
+            axes.text(
+                x,
+                y,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                size=8,
+                color="white" if value > np.median(values) else "black",
+            )
         axes.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows])
         axes.set_xticks(range(values.shape[1]), found["head"][1:], rotation=30, ha="right")
         axes.spines[:].set_visible(False)

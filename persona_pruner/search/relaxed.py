@@ -1,9 +1,9 @@
 """The two relaxations that the paper compares its straight-through search with: Gumbel-softmax and soft top-k.
 
 Both run the model under a soft mask m = sigmoid((s - theta) / t + noise) in [0, 1], with theta so that the masks of a
-layer (or of the model) sum to the number of channels to keep, and t falling from step to step; the gradient goes through
-the sigmoid and theta is held. Gumbel-softmax (Jang et al., ICLR 2017; for two classes the difference of two Gumbel
-variables is logistic) adds that noise, soft top-k does not. The mask that comes out is the hard top-k of s.
+layer (or of the model) sum to the number of channels to keep, and t falling from step to step; the gradient goes
+through the sigmoid and theta is held. Gumbel-softmax (Jang et al., ICLR 2017; for two classes the difference of two
+Gumbel variables is logistic) adds that noise, soft top-k does not. The mask that comes out is the hard top-k of s.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """`persona-pruner compare`: the paper's evaluation, method by method, at equal parameter count.
 
-    personas -> held-out questions and calibration data (stage 1 of sculpt)
-    methods x ratios x seeds -> pruned models -> cells: one model measured on one persona, stored as soon as it is known
-    cells -> table, headline, plots
+personas -> held-out questions and calibration data (stage 1 of sculpt)
+methods x ratios x seeds -> pruned models -> cells: one model measured on one persona, stored as soon as it is known
+cells -> table, headline, plots
 """
 
 import gc
@@ -184,11 +184,13 @@ class Clock:
         return f"[{self.done}/{self.total}] {name:<44} KL {kl:6.3f}   {spent / 60:5.1f} min, about {left / 60:.0f} left"
 
 
-def judge_cells(study: Study, rows: Sequence[dict], endpoint: str, prompt: str | None, dense: Sequence[list[str]]) -> dict:
-    """Adds "judge" to every cell and gives the dense model's own scores: {"dense": by persona, "judge", "prompt", ...}.
+def judge_cells(
+    study: Study, rows: Sequence[dict], endpoint: str, prompt: str | None, dense: Sequence[list[str]]
+) -> dict:
+    """Adds "judge" to every cell and gives {"judge", "url", "dense": the dense model's own scores by persona}.
 
-    prompt: with {question} and {answer}; by default the `eval_prompt` of a persona's question set where it has one, else
-    the package's own.
+    prompt: with {question} and {answer}; by default the `eval_prompt` of a persona's question set where it has one,
+    else the package's own.
     """
     judge = judging.Judge(endpoint, study.folder / "judge.jsonl")
 
@@ -235,8 +237,8 @@ def compare(
     """Every method on every persona, and what comes of it as plain values, also written to `out` as Markdown, CSV, JSON
     and a page of plots. A second run with the same arguments goes on where the first stopped.
 
-    methods: as `plan.chosen_methods` gives them; judge: `URL` or `URL#model`; tasks: of lm-eval, `limit` questions each;
-    settings: the fields of `SculptConfig` for data and search. Raises InputError for settings out of range.
+    methods: as `plan.chosen_methods` gives them; judge: `URL` or `URL#model`; tasks: of lm-eval, `limit` questions
+    each; settings: the fields of `SculptConfig` for data and search. Raises InputError for settings out of range.
     """
     settings = {name: value for name, value in settings.items() if name not in ("ratio", "seed")}
     SculptConfig.of(**settings)

@@ -1,4 +1,4 @@
-"""Held-out material never reaches scores, search, repair or recovery: checked by content hash where data is handed over."""
+"""Held-out material never reaches scores, search, repair or recovery: checked by content hash."""
 
 from collections.abc import Iterable, Sequence
 

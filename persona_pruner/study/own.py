@@ -85,9 +85,7 @@ class Search:
         if not searched or not self.config.steps:
             return choice.choose(scores, ratio, scope)
         names = ("loss", "steps", "lr", "budget", "seed")
-        settings = ste.Settings(
-            ratio=ratio, scope=scope, **{name: getattr(self.config, name) for name in names}
-        )
+        settings = ste.Settings(ratio=ratio, scope=scope, **{name: getattr(self.config, name) for name in names})
 
         def make() -> list[Tensor]:
             state = ste.start(scores, scope)

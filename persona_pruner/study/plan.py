@@ -19,8 +19,8 @@ GROUPS["all"] = [name for group in ("baselines", "own", "2:4") for name in GROUP
 
 @dataclass(frozen=True)
 class Build:
-    """One pruned model. calibration: "none", "generic", "persona" or "shared"; persona: number of the persona whose data
-    it was made from (it is measured on that one alone), None for a model measured on all."""
+    """One pruned model. calibration: "none", "generic", "persona" or "shared"; persona: number of the persona whose
+    data it was made from (it is measured on that one alone), None for a model measured on all."""
 
     method: str
     calibration: str

@@ -43,7 +43,9 @@ BASELINES: dict[str, Baseline] = {
     "adapt-pruner": Baseline(adapt_pruner.prune, "layers by how much they change their input (Pan et al. 2025)"),
     "magnitude-2:4": Baseline(two_four.magnitude, "largest weights, 2:4", data=False, two_four=True),
     "wanda-2:4": Baseline(two_four.wanda, "weight times input norm, 2:4 (Sun et al. 2024)", two_four=True),
-    "sparsegpt-2:4": Baseline(two_four.sparsegpt, "optimal brain surgeon, 2:4 (Frantar and Alistarh 2023)", two_four=True),
+    "sparsegpt-2:4": Baseline(
+        two_four.sparsegpt, "optimal brain surgeon, 2:4 (Frantar and Alistarh 2023)", two_four=True
+    ),
     "sparsegpt-2:4-ffn": Baseline(_FFN, "the same on the FFN's linears only", two_four=True),
 }
 

@@ -29,9 +29,7 @@ def importance(model: nn.Module, packs: Sequence[Pack]) -> Tensor:
         out = out[0] if isinstance(out, tuple) else out
         sums[layer] += cosine_similarity(args[0].float(), out.float(), dim=-1).sum().item()
 
-    hooks = [
-        block.register_forward_hook(lambda _, args, out, i=i: add(i, args, out)) for i, block in enumerate(blocks)
-    ]
+    hooks = [block.register_forward_hook(lambda _, args, out, i=i: add(i, args, out)) for i, block in enumerate(blocks)]
     try:
         for batch in packs:
             hidden_states(model, batch.to(model.get_input_embeddings().weight.device))

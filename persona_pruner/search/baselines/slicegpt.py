@@ -70,7 +70,9 @@ def norms(model: nn.Module) -> list[nn.Module]:
     if any(hasattr(block, "pre_feedforward_layernorm") for block in blocks) or not hasattr(
         blocks[0], "post_attention_layernorm"
     ):
-        raise InputError(f"SliceGPT needs blocks with one norm before attention and MLP, not {type(blocks[0]).__name__}")
+        raise InputError(
+            f"SliceGPT needs blocks with one norm before attention and MLP, not {type(blocks[0]).__name__}"
+        )
     pairs = ((block.input_layernorm, block.post_attention_layernorm) for block in blocks)
     return [norm for pair in pairs for norm in pair] + [model.get_decoder().norm]
 
