@@ -20,7 +20,9 @@ PACKAGE = ROOT / "persona_pruner"
 # Each unit (a module or a folder of the package) imports from lines above its own, or from itself.
 ORDER = [
     {"errors", "__version__"},
-    {"prefix_attention", "files", "config", "persona"},
+    {"prefix_attention", "files", "config"},
+    {"card_files"},
+    {"persona"},
     {"models", "packing", "progress"},
     {"ops"},
     {"nn"},
