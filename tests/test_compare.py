@@ -45,12 +45,13 @@ def folder(tmp_path):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Two passages, four quiz questions and two steps of recovery are enough to see what is measured."""
+    """Two passages, four quiz questions, short answers and two steps of recovery are enough to see what is measured."""
     from persona_pruner.synthesis import bank
 
     items, passages = bank.quiz()[:4], bank.passages
     monkeypatch.setattr(bank, "quiz", lambda: items)
     monkeypatch.setattr(bank, "passages", lambda split: passages(split)[:2])
+    monkeypatch.setattr(measure, "ANSWER_TOKENS", 8)
     monkeypatch.setattr(own, "RECOVERY_STEPS", 2)
     monkeypatch.setattr(own, "DISTILL_STEPS", 2)
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from persona_pruner.card_files import CARD_SUFFIXES
 from persona_pruner.errors import InputError
-from persona_pruner.persona import CARD_SUFFIXES, TEXT_SUFFIXES, Persona
+from persona_pruner.persona import TEXT_SUFFIXES, Persona
 from persona_pruner.search.baselines import BASELINES
 from persona_pruner.study.own import OWN, OWN_24, SHARED
 
