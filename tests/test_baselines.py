@@ -10,7 +10,7 @@ from persona_pruner import models
 from persona_pruner.errors import InputError
 from persona_pruner.packing import hidden_states, logits, pack, text_packs
 from persona_pruner.search.baselines import BASELINES, adapt_pruner, channels, depth, prune, slicegpt
-from persona_pruner.search.baselines.size import budget, parameters, removed
+from persona_pruner.search.baselines.size import budget, nonzero, parameters, removed
 from persona_pruner.search.masks import kept_width, top_k
 from persona_pruner.search.scores import Context
 from persona_pruner.synthesis.generate import generate
@@ -92,6 +92,8 @@ def test_size():
     assert parameters(prune("magnitude", Context(model), 0.25)) == budget(model, 0.25)
     untied = tiny_model(tie_word_embeddings=False)
     assert parameters(untied) == parameters(model)
+    model.model.layers[0].mlp.up_proj.weight[3:5] = 0
+    assert nonzero(model) == parameters(model) - 2 * 32
 
 
 def test_what_cannot_be_done(packs):

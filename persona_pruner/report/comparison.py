@@ -29,8 +29,8 @@ NOTES = (
     "Drop: pruned minus dense, lower is better; mean over personas (± sample standard deviation over them) of the mean "
     "over seeds. KL and NLL: nats per token of the dense model's own answers to held-out questions. ROUGE-L: greedy "
     "answers against the dense model's greedy answers. Quiz: 60 multiple-choice questions, length-normalised. "
-    "Parameters: outside the embedding table and the head. Seconds: scores, search, repair and recovery; the data of "
-    "the persona are not in them."
+    "Parameters: nonzero ones outside the embedding table and the head. Seconds: scores, search, repair and recovery; "
+    "the data of the persona are not in them."
 )
 
 

@@ -16,7 +16,7 @@ from persona_pruner.evaluation import metrics
 from persona_pruner.evaluation.quiz import quiz_accuracy
 from persona_pruner.evaluation.rouge import rouge_l
 from persona_pruner.pipeline import Material
-from persona_pruner.search.baselines.size import parameters
+from persona_pruner.search.baselines.size import nonzero
 from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.generate import generate
 from persona_pruner.synthesis.prompts import encode, examples, prompt_ids, stop_ids
@@ -79,7 +79,7 @@ class Yardstick:
         self.texts = [encode(tokenizer, text) for text in bank.passages("neutral")[:PASSAGES]]
         self.neutral = metrics.text_nll(model, self.texts)
         self.dense = {
-            "parameters": parameters(model),
+            "parameters": nonzero(model),
             "nll": [reference.nll for reference in self.references],
             "neutral_nll": self.neutral,
             "quiz": quiz_accuracy(model, tokenizer, quiz),
@@ -88,7 +88,7 @@ class Yardstick:
     def general(self, model: nn.Module) -> dict:
         """What does not depend on a persona."""
         return {
-            "parameters": parameters(model),
+            "parameters": nonzero(model),
             "neutral_nll_drop": metrics.text_nll(model, self.texts) - self.neutral,
             "quiz": quiz_accuracy(model, self.tokenizer, self.quiz),
         }

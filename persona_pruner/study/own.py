@@ -129,8 +129,8 @@ def _recovered(search: Search, ratio: float) -> nn.Module:
     return model
 
 
-def _two_four(search: Search, ffn_only: bool) -> nn.Module:
-    model = two_four.sparsegpt(Context(search.model, search.packs), ffn_only=ffn_only)
+def _two_four(search: Search, base: nn.Module, ffn_only: bool = False) -> nn.Module:
+    model = two_four.sparsegpt(Context(base, search.packs), ffn_only=ffn_only)
     options = {"budget": search.config.budget, "seed": search.config.seed + 1}
     recovery.distill_(model, search.examples, search.teacher(), DISTILL_STEPS, **options)
     return model
@@ -144,15 +144,19 @@ OWN: dict[str, tuple[Callable[[Search, float], nn.Module], str]] = {
     "persona-global": (_wide, "search and repair, widths free over layers"),
     "persona-global-mask": (_wide_masked, "the same without repair: weights untouched"),
     "persona-global-scores": (_wide_unsearched, "scores and repair without search, widths free: a control"),
+    "persona-slim-2:4": (
+        lambda search, ratio: _two_four(search, _sculpted(search, ratio)),
+        "persona, then two of every four of its weights as in persona-2:4",
+    ),
     "persona-recovered": (_recovered, f"persona-global, then {RECOVERY_STEPS} steps of LoRA on KL, merged"),
 }
 OWN_24: dict[str, tuple[Callable[[Search, float], nn.Module], str]] = {
     "persona-2:4": (
-        lambda search, ratio: _two_four(search, False),
+        lambda search, ratio: _two_four(search, search.model),
         f"SparseGPT on the persona's data, then {DISTILL_STEPS} steps of KL on the kept weights; all block linears",
     ),
     "persona-2:4-ffn": (
-        lambda search, ratio: _two_four(search, True),
+        lambda search, ratio: _two_four(search, search.model, True),
         "the same on the FFN's linears only, which is half of its bytes like half of its channels",
     ),
 }

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from persona_pruner.search.baselines import BASELINES
 from persona_pruner.study.own import OWN, SHARED
 
-KINDS = {"channels": {*OWN, SHARED}, "2:4": {"persona-2:4"}, "2:4 of the FFN": {"persona-2:4-ffn"}}
+KINDS = {
+    "channels": {*OWN, SHARED} - {"persona-slim-2:4"},
+    "2:4": {"persona-2:4"},
+    "2:4 of the FFN": {"persona-2:4-ffn"},
+}
 METRICS = ("kl", "nll_drop", "neutral_nll_drop", "rouge_l", "quiz", "judge_drop", "parameters", "seconds", "peak_bytes")
 
 

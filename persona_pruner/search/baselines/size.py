@@ -12,6 +12,12 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in table)
 
 
+def nonzero(model: nn.Module) -> int:
+    """The same without zeros, which 2:4 formats do not store."""
+    table = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return sum(int(p.count_nonzero()) for p in model.parameters() if id(p) not in table)
+
+
 def removed(model: nn.Module, ratio: float) -> int:
     """Parameters that channel masks of this ratio remove."""
     total = 0
