@@ -42,7 +42,7 @@ def trade(lines):
     """KL on the persona's questions against the NLL drop on neutral text, the better half by KL named."""
     figure = _figure(3.6)
     axes = figure.add_subplot()
-    best = sorted(lines, key=lambda line: line["kl"])[: max(6, len(lines) // 2)]
+    best = sorted(lines, key=lambda line: line["kl"])[: max(10, len(lines) // 2)]
     for line in best:
         axes.plot(line["kl"], line["neutral_nll_drop"], "o", ms=6, color=_colour(line))
         at = (line["kl"], line["neutral_nll_drop"])
