@@ -85,7 +85,8 @@ class Study:
     def search(self, number: int, seed: int) -> own.Search:
         work = Workspace(self.folder / "stages" / f"{self.names[number]}-{seed}")
         examples = self.material(number, seed).calibration
-        return own.Search(self.model, examples, self.config(seed), work, self.data_key(number, seed))
+        key = self.data_key(number, seed)
+        return own.Search(self.model, examples, self.config(seed), work, key, neutral=self.generic())
 
     def generic(self) -> list[Pack]:
         """The package's neutral prose: what published methods are calibrated on."""

@@ -33,7 +33,8 @@ def cut(model: nn.Module, masks: Sequence[Tensor], down: Sequence[Tensor] | None
 
 class Search:
     """What the slices of one persona and one seed share: scores, dense targets, searched masks. Each is made once, kept
-    in `work` under `key`; `seconds` sums what it took to make those that were read and not made anew."""
+    in `work` under `key`; `seconds` sums what it took to make those that were read and not made anew. `neutral` is
+    prose without the persona, for the slices that are to stay good at other things too."""
 
     def __init__(
         self,
@@ -43,9 +44,11 @@ class Search:
         work: Workspace,
         key: str,
         packs: Sequence[Pack] | None = None,
+        neutral: Sequence[Pack] = (),
     ):
         self.model, self.examples, self.config, self.work, self.key = model, examples, config, work, key
         self.packs = list(packs) if packs is not None else pack(examples, config.budget)
+        self.neutral = list(neutral)
         self.targets = ste.Targets(examples)
         self.seconds = 0.0
         self.counted: set[str] = set()
@@ -73,6 +76,15 @@ class Search:
 
         return self._kept(f"scores-{self.config.start}", make)
 
+    def balanced_scores(self) -> list[Tensor]:
+        """The scores plus those of the neutral prose: sums over the tokens of both."""
+
+        def make() -> list[Tensor]:
+            return channel_scores(self.config.start, Context(self.model, self.neutral, self.config.seed))
+
+        neutral = self._kept(f"scores-{self.config.start}-neutral", make)
+        return [own + other for own, other in zip(self.scores(), neutral, strict=True)]
+
     def teacher(self) -> list[Tensor]:
         """Dense final states of every example; not stored, since a pass of the dense model gives them."""
         if not self.targets.complete():
@@ -93,8 +105,9 @@ class Search:
 
         return [mask.bool() for mask in self._kept(f"masks-{scope}-{ratio}-{settings.steps}", make)]
 
-    def repaired(self, masks: Sequence[Tensor]) -> nn.Module:
-        (down,) = repaired_down(self.model, self.packs, [masks], self.config.ridge)
+    def repaired(self, masks: Sequence[Tensor], balanced: bool = False) -> nn.Module:
+        packs = [*self.packs, *self.neutral] if balanced else self.packs
+        (down,) = repaired_down(self.model, packs, [masks], self.config.ridge)
         return cut(self.model, masks, down)
 
 
@@ -122,6 +135,10 @@ def _wide_unsearched(search: Search, ratio: float) -> nn.Module:
     return search.repaired(search.masks(ratio, "global", searched=False))
 
 
+def _balanced(search: Search, ratio: float) -> nn.Module:
+    return search.repaired(choice.choose(search.balanced_scores(), ratio, "global"), balanced=True)
+
+
 def _recovered(search: Search, ratio: float) -> nn.Module:
     model = _wide(search, ratio)
     options = {"budget": search.config.budget, "seed": search.config.seed + 1}
@@ -144,6 +161,7 @@ OWN: dict[str, tuple[Callable[[Search, float], nn.Module], str]] = {
     "persona-global": (_wide, "search and repair, widths free over layers"),
     "persona-global-mask": (_wide_masked, "the same without repair: weights untouched"),
     "persona-global-scores": (_wide_unsearched, "scores and repair without search, widths free: a control"),
+    "persona-balanced": (_balanced, "persona-global-scores with neutral prose among the data of scores and repair"),
     "persona-slim-2:4": (
         lambda search, ratio: _two_four(search, _sculpted(search, ratio)),
         "persona, then two of every four of its weights as in persona-2:4",
