@@ -8,10 +8,14 @@ from pathlib import Path
 
 import llama_server
 import pytest
+from sculpting import QUICK
 
 from persona_pruner.errors import InputError, RunError
 from persona_pruner.evaluation import judge as judging
 from persona_pruner.evaluation.judge import Judge, Verdict, expected_score, judged, read_prompt, summary, text_score
+from persona_pruner.study.compare import compare
+from persona_pruner.study.plan import load_personas
+from persona_pruner.testing import tiny_model, tiny_tokenizer
 
 PAPER = "You rate {question} and {answer} for a persona.\nRespond with a number between 0 and 100, just the number."
 NOBODY = "http://127.0.0.1:9/v1"
@@ -155,3 +159,26 @@ def test_no_server_and_no_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(InputError, match="needs the extra `endpoint`"):
         Judge(NOBODY)
+
+
+def test_a_comparison_with_a_judge(server, tmp_path, monkeypatch):
+    from persona_pruner.study import measure
+    from persona_pruner.synthesis import bank
+
+    items, passages = bank.quiz()[:4], bank.passages
+    monkeypatch.setattr(bank, "quiz", lambda: items)
+    monkeypatch.setattr(bank, "passages", lambda split: passages(split)[:2])
+    monkeypatch.setattr(measure, "ANSWER_TOKENS", 8)
+    card = {"instruction": [{"pos": "You are Bram, a smith.", "neg": ""}], "questions": ["Who are you?", "Why iron?"]}
+    (tmp_path / "bram.json").write_text(json.dumps(card | {"eval_prompt": STEADY}))
+    people, settings = load_personas(tmp_path / "bram.json"), {**QUICK, "own_questions": 0, "bank_questions": 2}
+    arguments = (tiny_model(), tiny_tokenizer(), people, tmp_path / "out", ["magnitude"], [0.5])
+    result = compare(*arguments, judge=server[1], base="tiny", **settings)
+    (cell,), dense = result["cells"], result["judge"]["dense"]["bram"]
+    assert dense["scored"] + dense["unread"] + dense["refusals"] == 2 and dense["prompt"] == cell["judge"]["prompt"]
+    scores = dense["score"], cell["judge"]["score"]  # of what a random model says: the judge may have no number for it
+    assert cell["judge_drop"] == (None if None in scores else pytest.approx(scores[0] - scores[1]))
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "## Judge" in text and dense["prompt"] in text and "not understood" in text
+    assert ("judge drop |" in text) == (None not in scores)
+    assert len((tmp_path / "out" / "judge.jsonl").read_text().splitlines()) <= 2 + 2 + 4

@@ -140,7 +140,7 @@ def data(study: Study, ratio: float, count: int) -> dict:
         kls = []
         for number in _people(study):
             part = found[number][:: round(1 / share)]  # every n-th: own and bank questions in proportion
-            key = files.digest([study.data_key(number, 0), share])
+            key = files.digest([study.data_key(number, 0, ()), share])
             work = Workspace(study.folder / "stages" / f"{study.names[number]}-share-{share:g}")
             search = own.Search(study.model, part, study.config(0), work, key)
             masks = [search.masks(ratio, "layer", searched) for searched in (False, True)]

@@ -36,6 +36,7 @@ from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.prompts import encode
 from persona_pruner.workspace import Workspace
 
+SEARCH = ("start", "loss", "steps", "lr", "budget", "ridge", "seed")
 LAYOUT = 1  # of a cell; another number makes stored cells void
 
 
@@ -75,17 +76,16 @@ class Study:
             self.materials[number, seed] = found
         return self.materials[number, seed]
 
-    def data_key(self, number: int, seed: int) -> str:
-        """Hash of all that a persona's scores and search depend on."""
+    def data_key(self, number: int, seed: int, names: Sequence[str] = SEARCH) -> str:
+        """Hash of a persona's calibration data and of settings: by default all that scores and search depend on."""
         config = self.config(seed).dump()
-        names = ("start", "loss", "steps", "lr", "budget", "ridge", "seed")
         calibration = [[e.prompt, e.answer] for e in self.material(number, seed).calibration]
         return files.digest([self.root, calibration, {name: config[name] for name in names}])
 
     def search(self, number: int, seed: int) -> own.Search:
         work = Workspace(self.folder / "stages" / f"{self.names[number]}-{seed}")
         examples = self.material(number, seed).calibration
-        key = self.data_key(number, seed)
+        key = self.data_key(number, seed, ())
         return own.Search(self.model, examples, self.config(seed), work, key, neutral=self.generic())
 
     def generic(self) -> list[Pack]:
@@ -94,7 +94,7 @@ class Study:
 
     def shared(self, seed: int) -> own.Search:
         """Scores and repair on data of all personas in turn, together as many examples as one persona has."""
-        key = files.digest([self.data_key(n, seed) for n in range(len(self.names))])
+        key = files.digest([self.data_key(n, seed, ()) for n in range(len(self.names))])
         work = Workspace(self.folder / "stages" / f"shared-{seed}")
         return own.Search(self.model, (), self.config(seed), work, key, self.mixture(seed))
 
@@ -132,7 +132,8 @@ def _cell_key(study: Study, build: Build, target: int) -> str:
     material = study.material(target, 0)
     parts = [study.root, asdict(build), material.system, material.questions, material.answers]
     if build.calibration == "persona":
-        parts.append(study.data_key(build.persona, build.seed))
+        names = ("budget",) if build.method in BASELINES else SEARCH
+        parts.append(study.data_key(build.persona, build.seed, names))
     elif build.calibration == "shared":
         parts += [study.data_key(n, build.seed) for n in range(len(study.names))]
     if build.method not in BASELINES:

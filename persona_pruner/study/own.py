@@ -3,11 +3,12 @@
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from persona_pruner import models
+from persona_pruner import files, models
 from persona_pruner.config import SculptConfig
 from persona_pruner.nn import slim_
 from persona_pruner.packing import Example, Pack, pack
@@ -32,9 +33,10 @@ def cut(model: nn.Module, masks: Sequence[Tensor], down: Sequence[Tensor] | None
 
 
 class Search:
-    """What the slices of one persona and one seed share: scores, dense targets, searched masks. Each is made once, kept
-    in `work` under `key`; `seconds` sums what it took to make those that were read and not made anew. `neutral` is
-    prose without the persona, for the slices that are to stay good at other things too."""
+    """What the slices of one persona and one seed share: scores, dense targets, searched masks. Each is made once and
+    kept in `work` under `key` (of model and data) and its own settings; `seconds` sums what it took to make those that
+    were read and not made anew. `neutral` is prose without the persona, for the slices that are to stay good at other
+    things too."""
 
     def __init__(
         self,
@@ -53,9 +55,9 @@ class Search:
         self.seconds = 0.0
         self.counted: set[str] = set()
 
-    def _kept(self, name: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """A list of tensors by name, made or read."""
-        key = f"{self.key}-{name}"
+    def _kept(self, name: str, make: Callable[[], list[Tensor]], *depends: object) -> list[Tensor]:
+        """A list of tensors by name, made or read; `depends` are the settings it comes from, beside the data."""
+        key = files.digest([self.key, name, self.config.seed, self.config.budget, *depends])
         stored = self.work.read_tensors(name, key)
         if stored is None:
             begun = time.perf_counter()
@@ -103,7 +105,8 @@ class Search:
             state = ste.start(scores, scope)
             return ste.search(self.model, self.examples, state, settings, self.teacher())
 
-        return [mask.bool() for mask in self._kept(f"masks-{scope}-{ratio}-{settings.steps}", make)]
+        kept = self._kept(f"masks-{scope}-{ratio}", make, self.config.start, asdict(settings))
+        return [mask.bool() for mask in kept]
 
     def repaired(self, masks: Sequence[Tensor], balanced: bool = False) -> nn.Module:
         packs = [*self.packs, *self.neutral] if balanced else self.packs
