@@ -188,6 +188,49 @@ def _answers(run: _Run, questions: dict, before: str) -> list[list[int]]:
     return found
 
 
+def _stage_one(run: _Run) -> tuple[dict, list[Example]]:
+    """The held-out questions with their answers, and the calibration examples, none of which shares eight words with
+    them."""
+    held_out = _held_out(run)
+    guard = HeldOut([*held_out["questions"], *map(run.text, held_out["answers"])])
+    questions = _questions(run, guard, run.key(held_out))
+    answers = _answers(run, questions, run.key(held_out))
+    pairs = zip([*questions["own"], *questions["bank"]], answers, strict=True)
+    clean = [(question, answer) for question, answer in pairs if not guard.touches(run.text(answer))]
+    if not clean:
+        raise InputError("no calibration example is left: every answer shares eight words with held-out material")
+    return held_out, run.examples(*map(list, zip(*clean, strict=True)), in_character=run.config.in_character)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Stage 1 of one persona: its prompt, held-out questions and the dense model's answers (token ids), and the
+    calibration examples of own and bank questions."""
+
+    system: str
+    questions: list[str]
+    answers: list[list[int]]
+    calibration: list[Example]
+
+
+def prepare(
+    model: nn.Module,
+    tokenizer,
+    persona: Persona,
+    folder: str | Path | None = None,
+    base: str | None = None,
+    progress: Progress | None = None,
+    **settings,
+) -> Material:
+    """Stage 1 of `sculpt` alone, with the same settings and the same stored stages (in `folder`)."""
+    config = SculptConfig.of(**settings)
+    sources = {name: bank.load_questions(name) for name in (*config.questions, config.eval_questions) if name}
+    work = Workspace(folder)
+    run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress or Progress(), sources)
+    held_out, calibration = _stage_one(run)
+    return Material(run.system, held_out["questions"], held_out["answers"], calibration)
+
+
 def _scores(run: _Run, calibration: list[Example], before: str) -> tuple[list[Tensor], ste.Targets]:
     """Channel scores on the calibration set that the search starts from, and the dense targets seen on the way."""
     config = run.config
@@ -355,15 +398,7 @@ def sculpt(
     work = Workspace(folder / "stages" if folder else None)
     run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress, sources, shared)
 
-    held_out = _held_out(run)
-    guard = HeldOut([*held_out["questions"], *map(run.text, held_out["answers"])])
-    questions = _questions(run, guard, run.key(held_out))
-    answers = _answers(run, questions, run.key(held_out))
-    pairs = zip([*questions["own"], *questions["bank"]], answers, strict=True)
-    clean = [(question, answer) for question, answer in pairs if not guard.touches(run.text(answer))]
-    if not clean:
-        raise InputError("no calibration example is left: every answer shares eight words with held-out material")
-    calibration = run.examples(*map(list, zip(*clean, strict=True)), in_character=config.in_character)
+    held_out, calibration = _stage_one(run)
     root = run.key([[example.prompt, example.answer] for example in calibration])
 
     scores, targets = _scores(run, calibration, root)

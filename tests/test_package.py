@@ -33,6 +33,7 @@ ORDER = [
     {"report", "generic"},
     {"pipeline"},
     {"many", "serve"},
+    {"study"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
