@@ -17,7 +17,7 @@ demo: .venv/demo
 
 test: .venv/test
 	$(BIN)/python -P -m ruff check .
-	$(BIN)/python -P -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -n auto --dist worksteal
 
 lint: .venv/test
 	$(BIN)/python -P -m ruff check .

@@ -86,7 +86,7 @@ setup(
         "persona_pruner.benchmarks",
     ],
     package_dir={"persona_pruner.kernels": "kernels", "persona_pruner.benchmarks": "benchmarks"},
-    package_data={"persona_pruner": ["data/*", "report/*.html"]},
+    package_data={"persona_pruner": ["data/*", "report/*.html", "serve/static/*"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExt},
     options={"build_ext": {"parallel": os.cpu_count()}},

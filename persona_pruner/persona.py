@@ -1,41 +1,23 @@
 """Persona: who the model plays, read from plain text, a character card (V1, V2, V3) or a published question set.
 
-Cards come as .json, as .png (base64 of UTF-8 JSON in a tEXt chunk: `ccv3` for V3, `chara` for V1 and V2) or as .charx
-(a zip with card.json). They are files from strangers: every size is bounded while reading, and whatever is wrong with
-one ends as an InputError that names the file. Formats: github.com/malfoyslastname/character-card-spec-v2 (V1, V2) and
-github.com/kwaroran/character-card-spec-v3.
+Formats: github.com/malfoyslastname/character-card-spec-v2 (V1, V2) and github.com/kwaroran/character-card-spec-v3 (V3).
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import hashlib
-import io
 import json
 import os
 import re
-import struct
-import uuid
-import zipfile
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from persona_pruner.errors import InputError, RunError
+from persona_pruner import card_files
+from persona_pruner.card_files import CARD_SUFFIXES
+from persona_pruner.errors import InputError
 
-CARD_SUFFIXES = (".json", ".png", ".charx")
 TEXT_SUFFIXES = (".txt", ".md")
-MAX_CARD = 8 << 20  # bytes of card JSON, however it is wrapped
-MAX_FILE = 64 << 20  # bytes of a .png or .charx
-MAX_DEPTH = 64  # nested objects and arrays in the card
-MAX_ZIP_ENTRIES = 10_000
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
-_V2_NOTE = "This is a Character Card V3 saved with a V2 copy; read it with a V3 application to see all of it."
 
 _RENAMED = {"first_message": "first_mes", "example_dialogue": "mes_example", "system_prompt_template": "system_prompt"}
 _LISTS = ("alternate_greetings", "tags")
@@ -96,22 +78,13 @@ class Persona:
         A question set is the JSON of the paper's release: `instruction[0].pos` is its system prompt, word for word,
         and holds the description. A `spec_version` newer than 3.0 is read like 3.0. Raises InputError.
         """
-        where = "card dict" if isinstance(source, dict) else str(source)
-        suffix = os.path.splitext(where)[1].lower()
-        if isinstance(source, dict):
-            try:
-                blob = json.dumps(source, ensure_ascii=False).encode(errors="surrogatepass")
-            except (TypeError, ValueError, RecursionError) as error:
-                raise InputError(f"{where}: cannot be written as JSON ({error})") from None
-        elif suffix == ".json":
-            blob = _read(where, MAX_CARD)
-        elif suffix == ".png":
-            blob = _card_in_png(_read(where, MAX_FILE), where)
-        elif suffix == ".charx":
-            blob = _card_in_zip(_read(where, MAX_FILE), where)
-        else:
-            raise InputError(f"{where}: a card is a {', '.join(CARD_SUFFIXES)} file")
-        return cls._from_raw(_parse(blob, where), where)
+        if not isinstance(source, dict):
+            return cls._from_raw(card_files.read_card(str(source)), str(source))
+        try:
+            blob = json.dumps(source, ensure_ascii=False).encode(errors="surrogatepass")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"card dict: cannot be written as JSON ({error})") from None
+        return cls._from_raw(card_files.parse(blob, "card dict"), "card dict")
 
     @classmethod
     def load(cls, source: str | Path) -> Persona:
@@ -130,7 +103,7 @@ class Persona:
             return cls.from_card(where)
         if suffix not in TEXT_SUFFIXES:
             raise InputError(f"{where}: a persona file ends in {', '.join(CARD_SUFFIXES + TEXT_SUFFIXES)}")
-        text = _read(where, MAX_CARD)
+        text = card_files.read_bytes(where, card_files.MAX_CARD)
         try:
             return cls.from_text(text.decode("utf-8-sig"))
         except ValueError as error:  # also InputError, which does not know the file
@@ -224,26 +197,7 @@ class Persona:
         V2 copy is added for older readers. Files inside a .charx that the card came from are not carried over.
         Raises InputError for another suffix or a bad image, RunError if the file cannot be written.
         """
-        path = Path(path)
-        suffix, where = path.suffix.lower(), str(path)
-        if suffix not in CARD_SUFFIXES:
-            raise InputError(f"{where}: a card is saved as {', '.join(CARD_SUFFIXES)}")
-        if image is not None and suffix != ".png":
-            raise InputError(f"{where}: only a .png card carries an image")
-        card = self.to_card()
-        if suffix == ".json":
-            blob = _dump(card, where, indent=2)
-        elif suffix == ".png":
-            data = {**card["data"], "creator_notes": f"{_V2_NOTE}\n{card['data']['creator_notes'] or ''}".strip()}
-            v2 = {**card, "spec": "chara_card_v2", "spec_version": "2.0", "data": data}
-            cards = {b"chara": _dump(v2, where), b"ccv3": _dump(card, where)}
-            blob = _png_with_cards(_PIXEL if image is None else image, cards, where)
-        else:
-            buffer = io.BytesIO()
-            with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr("card.json", _dump(card, where))
-            blob = buffer.getvalue()
-        _write(path, blob)
+        card_files.write_card(path, self.to_card(), image)
 
 
 _KEYS = {item.name: _RENAMED.get(item.name, item.name) for item in fields(Persona) if item.name != "raw"}
@@ -267,157 +221,3 @@ def _card_data(raw: dict[str, Any]) -> Any:
     if raw.get("spec") or (isinstance(data, dict) and "description" not in raw):
         return data
     return {} if "instruction" in raw else raw
-
-
-def _parse(blob: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `blob`, no larger and no deeper than the limits."""
-    if len(blob) > MAX_CARD:
-        raise InputError(f"{where}: the card is larger than {MAX_CARD >> 20} MiB")
-    try:
-        card = json.loads(blob.decode("utf-8-sig"))
-        json.dumps(card, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN and half surrogate pairs
-    except ValueError as error:
-        raise InputError(f"{where}: the card is not valid UTF-8 JSON ({error})") from None
-    except RecursionError:
-        raise InputError(f"{where}: the card is nested too deeply") from None
-    if not isinstance(card, dict):
-        raise InputError(f"{where}: the card must be a JSON object, not {type(card).__name__}")
-    level: list[Any] = [card]
-    for _ in range(MAX_DEPTH + 1):
-        level = [value for value in level if isinstance(value, dict | list)]
-        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
-    if level:
-        raise InputError(f"{where}: the card is nested more than {MAX_DEPTH} deep")
-    return card
-
-
-def _dump(card: dict[str, Any], where: str, indent: int | None = None) -> bytes:
-    separators = None if indent else (",", ":")
-    blob = json.dumps(card, ensure_ascii=False, indent=indent, separators=separators).encode()
-    if len(blob) > MAX_CARD:
-        raise InputError(f"{where}: the card is larger than {MAX_CARD >> 20} MiB")
-    return blob
-
-
-def _read(path: str, limit: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            blob = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)  # read(n) allocates n bytes at once
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if len(blob) > limit:
-        raise InputError(f"{path}: larger than {limit >> 20} MiB")
-    return blob
-
-
-def _write(path: Path, blob: bytes) -> None:
-    """Replace `path` by `blob` in one step: a reader or a crash sees the old file or the new one."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):  # after a success there is nothing left to remove
-            temporary.unlink()
-
-
-def _chunks(png: bytes, where: str) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """(type, body, whole chunk) up to and with IEND."""
-    if not png.startswith(_PNG_SIGNATURE):
-        raise InputError(f"{where}: not a PNG file")
-    start = len(_PNG_SIGNATURE)
-    while start + 12 <= len(png):
-        length, kind = struct.unpack_from(">I4s", png, start)
-        end = start + 12 + length
-        if end > len(png):
-            break
-        yield kind, png[start + 8 : end - 4], png[start:end]
-        if kind == b"IEND":
-            return
-        start = end
-    raise InputError(f"{where}: the PNG is cut short")
-
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def _keyword(kind: bytes, body: bytes) -> bytes:
-    """Lower-case keyword of a text chunk, b"" for any other chunk."""
-    return body[:80].partition(b"\0")[0].lower() if kind in _TEXT_CHUNKS else b""
-
-
-def _card_in_png(png: bytes, where: str) -> bytes:
-    found: dict[bytes, tuple[bytes, bytes, bytes]] = {}
-    for kind, body, whole in _chunks(png, where):
-        found.setdefault(_keyword(kind, body), (kind, body, whole))
-    keyword = b"ccv3" if b"ccv3" in found else b"chara"
-    if keyword not in found:
-        raise InputError(f"{where}: the PNG holds no character card (no ccv3 or chara text)")
-    kind, body, whole = found[keyword]
-    name = keyword.decode()
-    if whole != _chunk(kind, body):
-        raise InputError(f"{where}: the {name} chunk is damaged (its checksum is wrong)")
-    text = body.partition(b"\0")[2]
-    compressed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
-    if kind == b"zTXt":
-        text = text[1:]  # compression method
-    elif kind == b"iTXt":
-        text = text[2:].split(b"\0", 2)[-1]  # flag and method, then language, translated keyword
-    if compressed:
-        text = _inflate(text, f"{where}: the {name} chunk")
-    text = b"".join(text.split()).rstrip(b"=")
-    try:
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
-    except ValueError:
-        raise InputError(f"{where}: the {name} chunk is not base64") from None
-
-
-def _inflate(blob: bytes, what: str) -> bytes:
-    stream, limit = zlib.decompressobj(), MAX_CARD * 3 // 2
-    try:
-        text = stream.decompress(blob, limit)
-    except zlib.error:
-        raise InputError(f"{what} does not decompress") from None
-    if not stream.eof:
-        raise InputError(f"{what} is cut short or decompresses to more than {limit >> 20} MiB")
-    return text
-
-
-def _card_in_zip(blob: bytes, where: str) -> bytes:
-    # Each entry of the directory starts with these four bytes; zipfile would build an object for every one.
-    if blob.count(b"PK\1\2") > MAX_ZIP_ENTRIES:
-        raise InputError(f"{where}: the archive has more than {MAX_ZIP_ENTRIES} entries")
-    try:
-        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-            info = archive.getinfo("card.json")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise zipfile.BadZipFile("card.json is compressed in an unusual way")
-            with archive.open(info) as file:
-                return file.read(MAX_CARD + 1)  # _parse refuses the one byte too many
-    except Exception as error:  # zipfile has no closed list of what it raises on a broken archive
-        raise InputError(f"{where}: no card.json can be read from the archive ({error})") from None
-
-
-def _png_with_cards(image: bytes, cards: dict[bytes, bytes], where: str) -> bytes:
-    texts = [_chunk(b"tEXt", keyword + b"\0" + base64.b64encode(card)) for keyword, card in cards.items()]
-    kept = [whole for kind, body, whole in _chunks(image, f"{where}: image") if _keyword(kind, body) not in cards]
-    if not kept or kept[0][4:8] != b"IHDR":
-        raise InputError(f"{where}: the image is not a PNG (it does not start with IHDR)")
-    blob = b"".join([_PNG_SIGNATURE, kept[0], *texts, *kept[1:]])  # before the pixels, where every reader looks
-    if len(blob) > MAX_FILE:
-        raise InputError(f"{where}: larger than {MAX_FILE >> 20} MiB")
-    return blob
-
-
-_PIXEL = (
-    _PNG_SIGNATURE
-    + _chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
-    + _chunk(b"IDAT", zlib.compress(b"\0\x80"))
-    + _chunk(b"IEND", b"")
-)

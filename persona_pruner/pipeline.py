@@ -24,8 +24,9 @@ from persona_pruner.evaluation import metrics, speed
 from persona_pruner.formats.packed import packed_copy, save_packed
 from persona_pruner.formats.persona_file import SUFFIX, PersonaFile
 from persona_pruner.formats.slim import save_slim, slim_copy
+from persona_pruner.generic import Generic
 from persona_pruner.nn import ffn_bytes, masked, replaced_down
-from persona_pruner.packing import Example, pack, text_packs
+from persona_pruner.packing import Example, pack
 from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import masks as choice
@@ -37,7 +38,7 @@ from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.generate import generate
 from persona_pruner.synthesis.overlap import HeldOut
 from persona_pruner.synthesis.own import own_questions
-from persona_pruner.synthesis.prompts import encode, examples, prompt_ids, stop_ids
+from persona_pruner.synthesis.prompts import examples, prompt_ids, stop_ids
 from persona_pruner.synthesis.sensitivity import REFERENCES, sensitivity
 from persona_pruner.workspace import Workspace
 
@@ -70,15 +71,17 @@ class _Run:
     work: Workspace
     progress: Progress
     sources: dict[str, list[bank.Question]]  # questions of the files and datasets that the settings name
+    shared: str | Path | None = None
     system: str = ""
     root: str = field(default="", repr=False)
+    generic: Generic = field(init=False, repr=False)
 
     def __post_init__(self):
         self.system = self.persona.system_prompt()
         weights = [p.flatten()[:16].float().tolist() for p in self.model.parameters()]
-        self.root = files.digest(
-            [__version__, models.fingerprint(self.model), weights, str(self.model.dtype), self.system]
-        )
+        base = [__version__, models.fingerprint(self.model), weights, str(self.model.dtype)]
+        self.root = files.digest([*base, self.system])
+        self.generic = Generic(self.model, self.tokenizer, files.digest(base), self.shared)
 
     def key(self, *parts) -> str:
         return files.digest([self.root, *parts])
@@ -91,6 +94,12 @@ class _Run:
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def most_sensitive(self, questions: list[str], stage: str) -> list[str]:
+        """The questions, those that depend most on the persona first."""
+        with self.progress.stage(stage, len(questions) * (1 + len(REFERENCES))) as step:
+            found = sensitivity(self.model, self.tokenizer, self.system, questions, step, self.generic.references)
+        return [questions[i] for i in found.argsort(descending=True, stable=True).tolist()]
 
 
 def _held_out(run: _Run) -> dict:
@@ -105,12 +114,7 @@ def _held_out(run: _Run) -> dict:
         elif isinstance(published, list) and published:
             questions = [str(question) for question in published][:count]
         else:
-            pool = bank.bundled("heldout")
-            with run.progress.stage("held-out questions", len(pool) * (1 + len(REFERENCES))) as step:
-                ranks = sensitivity(run.model, run.tokenizer, run.system, pool, step).argsort(
-                    descending=True, stable=True
-                )
-            questions = [pool[i] for i in ranks.tolist()[:count]]
+            questions = run.most_sensitive(bank.bundled("heldout"), "held-out questions")[:count]
         prompts = [prompt_ids(run.tokenizer, run.system, question) for question in questions]
         with run.progress.stage("held-out answers", len(prompts)) as step:
             stops = stop_ids(run.model, run.tokenizer)
@@ -140,11 +144,7 @@ def _questions(run: _Run, held_out: HeldOut, before: str) -> dict:
         pool = {q: a for q, a in pool.items() if not held_out.touches(q) and not held_out.touches(a) and q not in own}
         drawn = random.Random(config.seed).sample(list(pool), min(len(pool), config.bank_candidates))
         if config.filter and config.bank_questions:
-            with run.progress.stage("persona-sensitive questions", len(drawn) * (1 + len(REFERENCES))) as step:
-                ranks = sensitivity(run.model, run.tokenizer, run.system, drawn, step).argsort(
-                    descending=True, stable=True
-                )
-            drawn = [drawn[i] for i in ranks.tolist()]
+            drawn = run.most_sensitive(drawn, "persona-sensitive questions")
         kept = drawn[: config.bank_questions]
         if not own and not kept:
             raise InputError(
@@ -186,6 +186,49 @@ def _answers(run: _Run, questions: dict, before: str) -> list[list[int]]:
         else:
             answering.from_model(config.answers, run.tokenizer, system, asked, config.answer_tokens, **common)
     return found
+
+
+def _stage_one(run: _Run) -> tuple[dict, list[Example]]:
+    """The held-out questions with their answers, and the calibration examples, none of which shares eight words with
+    them."""
+    held_out = _held_out(run)
+    guard = HeldOut([*held_out["questions"], *map(run.text, held_out["answers"])])
+    questions = _questions(run, guard, run.key(held_out))
+    answers = _answers(run, questions, run.key(held_out))
+    pairs = zip([*questions["own"], *questions["bank"]], answers, strict=True)
+    clean = [(question, answer) for question, answer in pairs if not guard.touches(run.text(answer))]
+    if not clean:
+        raise InputError("no calibration example is left: every answer shares eight words with held-out material")
+    return held_out, run.examples(*map(list, zip(*clean, strict=True)), in_character=run.config.in_character)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Stage 1 of one persona: its prompt, held-out questions and the dense model's answers (token ids), and the
+    calibration examples of own and bank questions."""
+
+    system: str
+    questions: list[str]
+    answers: list[list[int]]
+    calibration: list[Example]
+
+
+def prepare(
+    model: nn.Module,
+    tokenizer,
+    persona: Persona,
+    folder: str | Path | None = None,
+    base: str | None = None,
+    progress: Progress | None = None,
+    **settings,
+) -> Material:
+    """Stage 1 of `sculpt` alone, with the same settings and the same stored stages (in `folder`)."""
+    config = SculptConfig.of(**settings)
+    sources = {name: bank.load_questions(name) for name in (*config.questions, config.eval_questions) if name}
+    work = Workspace(folder)
+    run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress or Progress(), sources)
+    held_out, calibration = _stage_one(run)
+    return Material(run.system, held_out["questions"], held_out["answers"], calibration)
 
 
 def _scores(run: _Run, calibration: list[Example], before: str) -> tuple[list[Tensor], ste.Targets]:
@@ -238,21 +281,21 @@ def _row(name: str, how: str, found: metrics.Fidelity, neutral: float, masks: li
 
 def _measure(run: _Run, reference: metrics.Reference, variants: list[tuple], slim: nn.Module, held_out: dict) -> dict:
     """The numbers of the report: `variants` are (name, how, masks, repaired W_down or None), the product first."""
-    texts = [encode(run.tokenizer, text) for text in bank.passages("neutral")]
-    generic = text_packs([encode(run.tokenizer, text) for text in bank.passages("calibration")])
-    rows = []
+    rows, generic = [], run.generic
     with run.progress.stage("numbers on held-out questions", len(variants) + len(BASELINES) + 1) as step:
-        dense_neutral = metrics.text_nll(run.model, texts)
+        dense_neutral = generic.neutral_nll()
         step(1)
+        known = {}
         for name in BASELINES if run.config.compare else ():
-            scores = channel_scores(name, Context(run.model, generic, run.config.seed))
+            masks, known[name] = generic.baseline(name, run.config.ratio, run.config.seed)
             how = "weights alone" if name == "magnitude" else "generic calibration"
-            variants.append((name, how, choice.choose(scores, run.config.ratio), None))
+            variants.append((name, how, masks, None))
         for name, how, masks, down in variants:
             context = masked(run.model, masks) if down is None else replaced_down(run.model, down)
             with context:
-                drop = metrics.text_nll(run.model, texts) - dense_neutral
-                rows.append(_row(name, how, metrics.fidelity(run.model, reference), drop, masks))
+                neutral = known[name] if name in known else generic.neutral_nll_now()
+                found = metrics.fidelity(run.model, reference)
+            rows.append(_row(name, how, found, neutral - dense_neutral, masks))
             step(1)
     baselines = [row for row in rows if row["name"] in BASELINES]
     best = min(baselines, key=lambda row: row["kl"], default=None)
@@ -265,7 +308,7 @@ def _measure(run: _Run, reference: metrics.Reference, variants: list[tuple], sli
             "tokens": sum(map(len, held_out["answers"])),
             "dense_nll": reference.nll,
         },
-        "neutral": {"dense_nll": dense_neutral, "tokens": sum(map(len, texts))},
+        "neutral": {"dense_nll": dense_neutral, "tokens": generic.neutral_tokens},
         "methods": rows,
     }
     if best:
@@ -291,6 +334,11 @@ def _dialogue(run: _Run, slim: nn.Module, questions: list[str]) -> list[dict]:
 def _checkpoint(config: SculptConfig) -> str | None:
     """Folder of the checkpoint; none for widths that differ between layers, which no engine loads."""
     return config.format if config.scope == "layer" else None
+
+
+def made(config: SculptConfig) -> list[str]:
+    """Names of what a finished sculpt leaves in its folder."""
+    return [name for name in (*ALWAYS, _checkpoint(config)) if name]
 
 
 def _write(run: _Run, folder: Path, result: SculptResult, calibration: list[Example]) -> None:
@@ -320,6 +368,7 @@ def sculpt(
     out: str | Path | None = None,
     base: str | None = None,
     progress: Progress | None = None,
+    shared: str | Path | None = None,
     **settings,
 ) -> SculptResult:
     """Finds the slice of `model` that `persona` needs (Persona-Pruner, arXiv 2606.14695) and cuts the rest away.
@@ -331,6 +380,7 @@ def sculpt(
         out: folder for the artefacts; a second run with the same arguments goes on where the first stopped.
         base: name of the model in what is written, by default the one it was loaded by.
         progress: who is told of stages; silent by default.
+        shared: folder for what does not depend on the persona, so that other sculpts on this base need not compute it.
         settings: the fields of `SculptConfig`.
 
     Raises InputError for settings out of range, question files that cannot be read or a model without gated MLPs,
@@ -346,25 +396,17 @@ def sculpt(
         raise InputError(f"{folder} is a file; the results need a folder")
     progress = progress or Progress()
     work = Workspace(folder / "stages" if folder else None)
-    run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress, sources)
+    run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress, sources, shared)
 
-    held_out = _held_out(run)
-    guard = HeldOut([*held_out["questions"], *map(run.text, held_out["answers"])])
-    questions = _questions(run, guard, run.key(held_out))
-    answers = _answers(run, questions, run.key(held_out))
-    pairs = zip([*questions["own"], *questions["bank"]], answers, strict=True)
-    clean = [(question, answer) for question, answer in pairs if not guard.touches(run.text(answer))]
-    if not clean:
-        raise InputError("no calibration example is left: every answer shares eight words with held-out material")
-    calibration = run.examples(*map(list, zip(*clean, strict=True)), in_character=config.in_character)
+    held_out, calibration = _stage_one(run)
     root = run.key([[example.prompt, example.answer] for example in calibration])
 
     scores, targets = _scores(run, calibration, root)
     masks, state = _search(run, calibration, scores, targets, files.digest([root, config.start]))
 
     finished = files.digest([root, held_out, persona.name, persona.greeting(), run.base, config.dump()])
-    made = [name for name in (*ALWAYS, _checkpoint(config)) if name]
-    numbers = work.read("finished", finished) if folder and all((folder / name).exists() for name in made) else None
+    whole = folder and all((folder / name).exists() for name in made(config))
+    numbers = work.read("finished", finished) if whole else None
     if numbers and (kind := _checkpoint(config)):
         progress.note(f"{folder} is complete for these settings; nothing was computed anew")
         slim, _ = models.load_model(folder / kind, model.device, model.dtype)

@@ -6,8 +6,14 @@ import json
 import pytest
 import torch
 
+from persona_pruner.benchmarks.bench_search import Plain
 from persona_pruner.cli import main
 from persona_pruner.ops import _native
+from persona_pruner.packing import pack
+from persona_pruner.search import ste
+from persona_pruner.search.masks import choose
+from persona_pruner.search.scores import Context, channel_scores
+from persona_pruner.testing import tiny_examples, tiny_model
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -35,6 +41,31 @@ def test_bench_writes_what_it_measured(tmp_path, capsys):
     written = json.loads((tmp_path / "a.json").read_text())
     assert len(rows) == len(written["rows"]) > 0 and written["machine"]["isa"] == _native.cpu_isa()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_the_plain_search_and_ours_find_the_same_mask(loss):
+    """The yardstick shares no attention, no packing and no kernel with the search, and does the same."""
+    model, examples = tiny_model(), tiny_examples(9)
+    settings = ste.Settings(0.5, loss=loss, steps=6, lr=0.3, budget=60)
+    teacher = ste.teacher_states(model, examples, 60)
+    start = ste.start(channel_scores("random", Context(model)), "layer")
+    losses = []
+    plain = Plain(model, examples, micro=3)
+    theirs = plain.search(start, settings, teacher, lambda masks, loss: losses.append(loss))
+    before = choose(start.scores, 0.5)
+    ours = ste.search(model, examples, start, settings, teacher)
+    assert losses == pytest.approx(start.losses, rel=2e-3)
+    assert sum(int((a != b).sum()) for a, b in zip(ours, theirs, strict=True)) <= 2
+    assert sum(int((a != b).sum()) for a, b in zip(ours, before, strict=True)) > 10
+
+
+def test_plain_fisher_scores_are_like_ours():
+    model, examples = tiny_model(), tiny_examples(60)
+    packs = pack(examples, 400)
+    ours, theirs = channel_scores("fisher", Context(model, packs)), Plain(model, examples, 4).fisher(packs)
+    for a, b in zip(ours, theirs, strict=True):  # labels are drawn anew, so that only the ranking is alike
+        assert torch.corrcoef(torch.stack([a.log(), b.log()]))[0, 1] > 0.8
 
 
 def test_an_unknown_benchmark_is_refused(capsys):

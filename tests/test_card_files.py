@@ -15,8 +15,9 @@ import zlib
 import pytest
 from cards import SIGNATURE, V1, V3, charx, png, png_chunk, put, refused, text_chunk, text_keywords
 
+from persona_pruner.card_files import MAX_CARD, MAX_FILE, MAX_ZIP_ENTRIES
 from persona_pruner.errors import InputError, PersonaPrunerError, RunError
-from persona_pruner.persona import MAX_CARD, MAX_FILE, MAX_ZIP_ENTRIES, Persona
+from persona_pruner.persona import Persona
 
 
 @pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iTXt compressed"])
@@ -289,9 +290,10 @@ def test_an_interrupted_save_leaves_no_temporary_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_save_into_a_missing_folder_or_below_a_file(tmp_path):
+def test_save_makes_the_folder_and_refuses_to_go_below_a_file(tmp_path):
+    Persona.from_card(V1).save(tmp_path / "new" / "c.json")
+    assert Persona.load(tmp_path / "new" / "c.json") == Persona.from_card(V1)
     (tmp_path / "file").write_bytes(b"")
-    for path in (tmp_path / "gone" / "c.json", tmp_path / "file" / "c.json"):
-        with pytest.raises(RunError, match="cannot be written"):
-            Persona.from_card(V1).save(path)
+    with pytest.raises(RunError, match="could not write"):
+        Persona.from_card(V1).save(tmp_path / "file" / "c.json")
     assert issubclass(RunError, PersonaPrunerError) and not issubclass(RunError, InputError)

@@ -20,15 +20,20 @@ PACKAGE = ROOT / "persona_pruner"
 # Each unit (a module or a folder of the package) imports from lines above its own, or from itself.
 ORDER = [
     {"errors", "__version__"},
-    {"prefix_attention", "files", "config", "persona"},
-    {"models", "packing", "progress"},
+    {"prefix_attention", "files", "config"},
+    {"card_files"},
+    {"persona"},
+    {"models", "packing", "progress", "executors"},
     {"ops"},
     {"nn"},
-    {"synthesis", "search", "formats", "fleet", "compat"},
+    {"synthesis", "search", "formats", "compat"},
+    {"fleet"},
     {"runtime", "workspace", "doctor", "testing"},
     {"evaluation"},
-    {"report"},
+    {"report", "generic"},
     {"pipeline"},
+    {"many", "serve"},
+    {"study"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
@@ -95,7 +100,7 @@ def test_importing_is_quick():
 
 def test_stages_do_not_load_transformers_or_triton():
     units = sorted(unit for unit in RANK if (PACKAGE / unit).is_dir() or (PACKAGE / f"{unit}.py").exists())
-    units = [f"persona_pruner.{unit}" for unit in units if unit not in ("__version__", "cli", "report")]
+    units = [f"persona_pruner.{unit}" for unit in units if unit not in ("__version__", "cli", "report", "serve")]
     assert loaded_by(*units) <= {"torch"}
 
 

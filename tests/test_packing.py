@@ -14,7 +14,8 @@ from persona_pruner.packing import (
     pack,
     text_packs,
 )
-from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
+from persona_pruner.prefix_attention import PackLayout
+from persona_pruner.testing import FAMILIES, assert_close_to_oracle, tiny_examples, tiny_model
 
 WINDOWED = {"mistral", "gemma3"}
 
@@ -136,3 +137,24 @@ def test_examples_do_not_see_each_other():
     others = one.segment != 2
     torch.testing.assert_close(first[others], second[others], rtol=0, atol=0)
     assert not torch.equal(first[~others], second[~others])
+
+
+@pytest.mark.parametrize("prefix, lengths", [(7, [3, 1, 5]), (0, [9]), (1, [2, 2]), (40, [1])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flash_attention_of_a_pack(dtype, prefix, lengths):
+    """Output and slopes as those of the plain form (a window that hides nothing), against float64."""
+    torch.manual_seed(0)
+    segment = torch.repeat_interleave(torch.arange(1 + len(lengths)), torch.tensor([prefix, *lengths]))
+    position = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in lengths)])
+    layout, total = PackLayout(segment, position), len(segment)
+    inputs = [torch.randn(1, total, heads, 8).to(dtype).transpose(1, 2) for heads in (6, 2, 2)]
+    slope = torch.randn(1, total, 6, 8).to(dtype)
+
+    def run(inputs, window):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = layout.attend(0, *leaves, 0.3, window)
+        return [out.detach(), *torch.autograd.grad(out, leaves, slope.to(out.dtype))]
+
+    exact = run([x.double() for x in inputs], 10**6)  # its softmax is in float32
+    for got, plain, oracle in zip(run(inputs, None), run(inputs, 10**6), exact, strict=True):
+        assert_close_to_oracle(got, oracle, plain, 1e-2 if dtype == torch.bfloat16 else 2e-6)

@@ -9,8 +9,9 @@ from cards import CARDS, V1, V3, charx, png, png_chunk, put, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persona_pruner.card_files import MAX_CARD, MAX_DEPTH
 from persona_pruner.errors import InputError
-from persona_pruner.persona import MAX_CARD, MAX_DEPTH, Persona
+from persona_pruner.persona import Persona
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t ", "blacksmith", " blacksmith\n", "剣", None, 7, "bad \ud800 text"])

@@ -155,6 +155,40 @@ def test_teacher_states(family):
         torch.testing.assert_close(state, want, rtol=1e-5, atol=5e-5)
 
 
+def test_two_personas_searched_in_one_process_share_the_weights():
+    """Step by step in turn on one model: each as if alone, and not a weight is copied."""
+    model, settings = tiny_model(), Settings(0.5, steps=4, lr=0.3, budget=60)
+    sets = tiny_examples(8, seed=1), tiny_examples(8, seed=2)
+    teachers = [teacher_states(model, examples, 60) for examples in sets]
+    alone = [begin(model, examples) for examples in sets]
+    masks = [search(model, *given[:2], settings, given[2]) for given in zip(sets, alone, teachers, strict=True)]
+    addresses = {p.data_ptr() for p in model.parameters()}
+    with masked(model, masks[0]) as first:
+        used = {p.data_ptr() for mlp in first for p in mlp.parameters()}
+    assert used < addresses
+    turns = [begin(model, examples) for examples in sets]
+    for count in range(1, 5):
+        for examples, state, teacher in zip(sets, turns, teachers, strict=True):
+            stop_at(count, model, examples, state, settings, teacher)
+    assert all(same(a, b) for a, b in zip(alone, turns, strict=True)) and not same(*alone)
+    assert addresses == {p.data_ptr() for p in model.parameters()}
+
+
+class Enough(Exception):
+    pass
+
+
+def stop_at(count, model, examples, state, settings, teacher):
+    """Searches until `count` steps are done."""
+
+    def stop(state):
+        if state.done == count:
+            raise Enough
+
+    with pytest.raises(Enough):
+        search(model, examples, state, settings, teacher, stop)
+
+
 def test_standardised():
     scores = [torch.tensor([1.0, 10, 100]), torch.tensor([1e3, 1e4, 0.0])]
     layer, whole = standardised(scores, "layer"), standardised(scores, "global")

@@ -23,6 +23,7 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef int8_t VecB __attribute__((vector_size(kLanes)));
 
 // Element types of a tensor; both 16-bit ones hold raw bits.
 struct BFloat16 {
@@ -43,7 +44,26 @@ inline V load_raw(const void* p) {
 
 inline VecF to_float(VecF v, const float*) { return v; }
 
-inline VecF to_float(VecH v, const BFloat16*) { return (VecF)(__builtin_convertvector(v, VecU) << 16); }
+// GCC widens 16 lanes in two halves, with 5 instructions where one does.
+inline VecU widened(VecH v) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (VecU)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, VecU);
+#endif
+}
+
+inline VecI widened(VecB v) {
+#if defined(__AVX512F__)
+  return (VecI)_mm512_cvtepi8_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, VecI);
+#endif
+}
+
+inline VecF to_float(VecH v, const BFloat16*) { return (VecF)(widened(v) << 16); }
 
 inline VecF to_float(VecH v, const Float16*) {
 #if defined(__AVX512F__)
@@ -57,6 +77,8 @@ inline VecF to_float(VecH v, const Float16*) {
   return (VecF)(bits | (half & 0x8000u) << 16);
 #endif
 }
+
+inline VecF to_float(VecB v, const int8_t*) { return __builtin_convertvector(widened(v), VecF); }
 
 inline VecF from_float(VecF v, const float*) { return v; }
 
@@ -89,6 +111,10 @@ struct Raw {
 template <>
 struct Raw<float> {
   using type = VecF;
+};
+template <>
+struct Raw<int8_t> {
+  using type = VecB;
 };
 
 template <class T>

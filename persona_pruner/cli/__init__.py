@@ -6,7 +6,7 @@ A command is a function in a module of this folder, which is imported here.
 import os
 import sys
 
-from persona_pruner.cli import character, checkpoints, machine, sculpt  # noqa: F401
+from persona_pruner.cli import character, checkpoints, compare, machine, sculpt, serve  # noqa: F401
 from persona_pruner.cli.app import app, err
 from persona_pruner.errors import InputError, PersonaPrunerError
 

@@ -10,6 +10,8 @@ from typer.core import TyperGroup
 from persona_pruner import __version__
 from persona_pruner.errors import RunError
 
+GOES_ON = ("sculpt", "compare", "analyse")  # commands that store what is finished
+
 
 class _Commands(TyperGroup):
     def invoke(self, ctx):
@@ -17,7 +19,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:  # typer would end with code 130 and no word
             goes_on = "; the same command goes on from the last finished stage"
-            raise RunError(f"interrupted{goes_on if ctx.invoked_subcommand == 'sculpt' else ''}") from error
+            raise RunError(f"interrupted{goes_on if ctx.invoked_subcommand in GOES_ON else ''}") from error
 
 
 app = typer.Typer(

@@ -41,7 +41,12 @@ def doctor(as_json: Json = False):
 )
 def bench(
     context: typer.Context,
-    op: Annotated[str, typer.Argument(help="linear24, select24 or importance; its own options follow (--help).")] = "",
+    op: Annotated[
+        str,
+        typer.Argument(
+            help="linear24, select24, importance, subset_ffn, search, fleet or serve; its own options follow (--help)."
+        ),
+    ] = "",
 ):
     """Time an op against other ways to compute the same; every result is checked before it is timed."""
     from importlib import import_module

@@ -52,6 +52,11 @@ def _activation(gate: Tensor, act: str) -> tuple[Tensor, Tensor]:
     return gate.clamp(min=-1e4) * s, s + near * s * rest * dz
 
 
+def activation(gate: Tensor, act: str) -> Tensor:
+    """act(gate), finite for every finite gate."""
+    return _activation(gate, act)[0]
+
+
 def _reference_forward(gate, up, mask, act):
     wide = torch.promote_types(gate.dtype, torch.float32)
     value, _ = _activation(gate.to(wide), act)

@@ -3,8 +3,16 @@
 import importlib
 
 # Names by the module that makes them; loaded on first use, so that importing this package does not load matplotlib.
-_PUBLIC = {"html": "page", "model_card": "card", "run_yaml": "card", "table": "console"}
-__all__ = ["html", "model_card", "run_yaml", "table"]
+_PUBLIC = {
+    "html": "page",
+    "model_card": "card",
+    "run_yaml": "card",
+    "table": "console",
+    "comparison_table": "comparison",
+    "write_analysis": "comparison",
+    "write_comparison": "comparison",
+}
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
 from persona_pruner.packing import Example, hidden_states, pack
 from persona_pruner.synthesis.prompts import prompt_ids
@@ -21,6 +21,7 @@ REFERENCES = (
     "an energetic fitness coach who turns every topic into a challenge",
     "a village priest, gentle and patient, who answers with parables",
 )
+REFERENCE_SYSTEMS = [f"You are roleplaying as {reference}. Stay in character." for reference in REFERENCES]
 # The paper uses layers 5 to 25 of 28.
 FIRST, LAST = 5 / 28, 25 / 28
 
@@ -47,19 +48,38 @@ def _last_states(
     return torch.stack(out)
 
 
+def reference_directions(
+    model: nn.Module, prompts: Sequence[Sequence[list[int]]], step: Callable[[int], None] = lambda done: None
+) -> torch.Tensor:
+    """float32 [questions, middle layers, hidden]: mean over the references of the last-token hidden states, each
+    divided by its length. `prompts` holds, for each reference, one prompt a question; `step` is told how many prompts
+    have just been done."""
+    layers = middle_layers(len(model.get_decoder().layers))
+    return sum(normalize(_last_states(model, own, layers, step), dim=-1) for own in prompts) / len(prompts)
+
+
 def sensitivity(
-    model: nn.Module, tokenizer, system: str, questions: Sequence[str], step: Callable[[int], None] = lambda done: None
+    model: nn.Module,
+    tokenizer,
+    system: str,
+    questions: Sequence[str],
+    step: Callable[[int], None] = lambda done: None,
+    references: Callable[[Sequence[str], Callable[[int], None]], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """float32 [questions]: 1 - mean cosine similarity, over references and middle layers, between the last-token hidden
     states under the persona's system text and under each reference's. Large: the persona changes the answer.
 
-    `step` is told how many of the 10 x len(questions) prompts have just been done.
+    A cosine is linear in the normalized other vector, so the mean over the references is one product with
+    `reference_directions`, which does not depend on the persona; `references(questions, step)` gives it where it may
+    be known already. `step` is told how many of the 10 x len(questions) prompts have just been done.
     """
-    layers = middle_layers(len(model.get_decoder().layers))
-    systems = [system, *(f"You are roleplaying as {reference}. Stay in character." for reference in REFERENCES)]
     if not questions:
         return torch.empty(0)
-    own, *others = (
-        _last_states(model, [prompt_ids(tokenizer, text, q) for q in questions], layers, step) for text in systems
-    )
-    return 1 - torch.stack([cosine_similarity(own, other, dim=-1).mean(-1) for other in others]).mean(0)
+    layers = middle_layers(len(model.get_decoder().layers))
+    own = _last_states(model, [prompt_ids(tokenizer, system, q) for q in questions], layers, step)
+    if references is None:
+        prompts = [[prompt_ids(tokenizer, text, q) for q in questions] for text in REFERENCE_SYSTEMS]
+        others = reference_directions(model, prompts, step)
+    else:
+        others = references(questions, step).to(own.device)
+    return 1 - (normalize(own, dim=-1) * others).sum(-1).mean(-1)

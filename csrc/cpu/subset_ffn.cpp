@@ -1,0 +1,184 @@
+// subset_ffn: the gated FFN over listed channels, three weight rows a channel, each read once.
+//
+// The dense channels are cut into kParts ranges. A thread takes a range, goes through every segment's channels in it (so
+// that a row that several personas keep comes from memory once), and adds to sums of the range's own; the ranges' sums
+// are added in their order. Nothing depends on the number of threads, nor a token on the rest of the batch.
+#include "dots.h"
+#include "op.h"
+
+#include <omp.h>
+
+namespace {
+
+using namespace pp;
+
+constexpr int64_t kParts = 8;
+constexpr int kGroup = 4;             // channels whose products are made before they are multiplied into y
+constexpr int64_t kChunk = 64;        // tokens at a time: their sums, kParts * kChunk * H, stay in the caches
+constexpr int64_t kSmall = 64 << 10;  // weights below which one thread is faster
+
+struct Segment {
+  int64_t rows, first, count;
+};
+
+template <class T>
+struct Ffn {
+  const T *gate, *up, *down;
+  const float *gate_scale, *up_scale, *down_scale, *gate_bias, *up_bias;
+  int64_t hidden, stride;  // stride: padded(hidden)
+  bool gelu;
+};
+
+inline VecF activated(VecF x, bool gelu) {  // x * logistic(z), as in importance.cpp
+  x = x < splat(-1e4f) ? splat(-1e4f) : x;
+  const VecF z = gelu ? x * (splat(1.5957691216f) + splat(0.07135481283f) * (x * x)) : x;
+  return x / (splat(1.0f) + exp(-z));
+}
+
+// h[c * M + m] for `count` channels and M tokens; `next`: as many channels to prefetch.
+template <class T, int M>
+void hidden_tile(const Ffn<T>& f, const int32_t* channel, const int32_t* next, int count, const float* x, float* h) {
+  float gate[kGroup * M], up[kGroup * M];
+  const auto products = [&](const T* w, const float* scale, const float* bias, float* out) {
+    row_groups<rows_of(M)>(0, count, [&](int64_t c, auto r_of) {
+      constexpr int R = decltype(r_of)::value;
+      const T *row[R], *ahead[R];
+      for (int r = 0; r < R; ++r) {
+        row[r] = w + channel[c + r] * f.hidden;
+        if (next) ahead[r] = w + next[c + r] * f.hidden;
+      }
+      dot_tile<T, R, M>(row, next ? ahead : nullptr, x, f.stride, f.hidden, out + c * M);
+    });
+    if (!scale && !bias) return;
+    for (int c = 0; c < count; ++c) {
+      const float factor = scale ? scale[channel[c]] : 1.0f, term = bias ? bias[channel[c]] : 0.0f;
+      for (int m = 0; m < M; ++m) out[c * M + m] = finished(out[c * M + m], factor, term);
+    }
+  };
+  products(f.gate, f.gate_scale, f.gate_bias, gate);
+  products(f.up, f.up_scale, f.up_bias, up);
+  for (int i = 0; i < count * M; i += kLanes) {
+    const int n = std::min(kLanes, count * M - i);
+    store(h + i, activated(load(gate + i, n), f.gelu) * load(up + i, n), n);
+  }
+  if (f.down_scale) {
+    for (int c = 0; c < count; ++c)
+      for (int m = 0; m < M; ++m) h[c * M + m] *= f.down_scale[channel[c]];
+  }
+}
+
+// y[m] += sum over the channels of h[c, m] * down[c]
+template <class T, int M>
+void down_tile(const Ffn<T>& f, const int32_t* channel, const int32_t* next, int count, const float* h, float* y) {
+  const T* row[kGroup];
+  for (int c = 0; c < count; ++c) row[c] = f.down + channel[c] * f.hidden;
+  const auto step = [&](int64_t i, auto load_weights) {
+    VecF sum[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) sum[m] = load(y + m * f.stride + i);
+    for (int c = 0; c < count; ++c) {
+      const VecF w = load_weights(row[c] + i);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sum[m] += splat(h[c * M + m]) * w;
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) store(y + m * f.stride + i, sum[m]);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= f.hidden; i += kLanes) {
+    if (next && i % (64 / sizeof(T)) == 0) {
+      for (int c = 0; c < count; ++c) __builtin_prefetch(f.down + next[c] * f.hidden + i);
+    }
+    step(i, [](const T* p) { return load(p); });
+  }
+  if (const int rest = static_cast<int>(f.hidden - i)) step(i, [rest](const T* p) { return load(p, rest); });
+}
+
+// The channels [channel, channel + count) for `tokens` tokens, into y [tokens, stride]. The list goes on for `listed`
+// channels, which the same thread most likely does next: the first of them are prefetched already.
+template <class T>
+void channels_into(const Ffn<T>& f, const int32_t* channel, int64_t count, int64_t listed, const float* x,
+                   int64_t tokens, float* y) {
+  for (int64_t c = 0; c < count; c += kGroup) {
+    const int size = static_cast<int>(std::min<int64_t>(kGroup, count - c));
+    const int32_t* next = c + size + kGroup <= listed ? channel + c + size : nullptr;
+    token_tiles(tokens, [&](int64_t t, auto m_of) {
+      constexpr int M = decltype(m_of)::value;
+      float h[kGroup * M];
+      hidden_tile<T, M>(f, channel + c, t ? nullptr : next, size, x + t * f.stride, h);
+      down_tile<T, M>(f, channel + c, t ? nullptr : next, size, h, y + t * f.stride);
+    });
+  }
+}
+
+template <class T>
+void subset_ffn(std::uintptr_t x_, int64_t tokens, int64_t hidden, std::uintptr_t gate, std::uintptr_t up,
+                std::uintptr_t down, std::uintptr_t gate_scale, std::uintptr_t up_scale, std::uintptr_t down_scale,
+                std::uintptr_t gate_bias, std::uintptr_t up_bias, std::uintptr_t down_bias, std::uintptr_t norm,
+                int64_t eps, std::uintptr_t residual, std::uintptr_t y, std::uintptr_t channels_,
+                std::uintptr_t segments_, int64_t segment_count, int64_t width, int gelu, int threads) {
+  const Ffn<T> f{pointer<const T>(gate),         pointer<const T>(up),           pointer<const T>(down),
+                 pointer<const float>(gate_scale), pointer<const float>(up_scale), pointer<const float>(down_scale),
+                 pointer<const float>(gate_bias),  pointer<const float>(up_bias),  hidden,
+                 padded(hidden),                   gelu != 0};
+  const auto* channels = pointer<const int32_t>(channels_);
+  const auto* segments = pointer<const Segment>(segments_);
+  const float *x = pointer<const float>(x_), *bias = pointer<const float>(down_bias);
+  const float* old = pointer<const float>(residual);
+  float* out = pointer<float>(y);
+  const int64_t rows = std::min(tokens, kChunk), span = (width + kParts - 1) / kParts;
+  float *n = scratch<0>(rows * f.stride), *sums = scratch<1>(kParts * rows * f.stride);
+
+  int64_t segment = 0, used = 0;  // where the next chunk begins
+  for (int64_t first = 0; first < tokens; first += kChunk) {
+    const int64_t count = std::min(kChunk, tokens - first);
+    std::vector<Segment> pieces;
+    int64_t work = 0;
+    for (int64_t left = count; left > 0 && segment < segment_count;) {
+      const Segment& s = segments[segment];
+      const int64_t take = std::min(left, s.rows - used);
+      if (take) pieces.push_back({take, s.first, s.count});
+      work += take * s.count * hidden * 3;
+      left -= take, used += take;
+      if (used == s.rows) ++segment, used = 0;
+    }
+    normalize(x + first * hidden, count, hidden, pointer<const float>(norm), from_bits(eps), n);
+    const int team = work < kSmall ? 1 : threads;
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+#pragma omp for schedule(static)
+      for (int64_t p = 0; p < kParts; ++p) {
+        float* part = sums + p * count * f.stride;
+        std::fill(part, part + count * f.stride, 0.0f);
+        int64_t row = 0;
+        for (const Segment& s : pieces) {
+          const int32_t *begin = channels + s.first, *end = begin + s.count;
+          const auto* from = std::lower_bound(begin, end, p * span);
+          const auto* to = std::lower_bound(from, end, (p + 1) * span);
+          channels_into(f, from, to - from, end - from, n + row * f.stride, s.rows, part + row * f.stride);
+          row += s.rows;
+        }
+      }
+      const int64_t strips = (hidden + 63) / 64;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count * strips; ++i) {
+        const int64_t t = i / strips, from = i % strips * 64, to = std::min(hidden, from + 64);
+        for (int64_t c = from; c < to; c += kLanes) {
+          const int lanes = static_cast<int>(std::min<int64_t>(kLanes, to - c));
+          VecF v{};
+          for (int64_t p = 0; p < kParts; ++p) v += load(sums + (p * count + t) * f.stride + c);
+          if (bias) v += load(bias + c, lanes);
+          if (old) v += load(old + (first + t) * hidden + c, lanes);
+          store(out + (first + t) * hidden + c, v, lanes);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+PP_OP("subset_ffn_f32", subset_ffn<float>);
+PP_OP("subset_ffn_bf16", subset_ffn<BFloat16>);
+PP_OP("subset_ffn_f16", subset_ffn<Float16>);
+PP_OP("subset_ffn_i8", subset_ffn<int8_t>);

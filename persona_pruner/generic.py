@@ -1,0 +1,113 @@
+"""What of a sculpt does not depend on the persona: computed once for a base model, read by all its other characters.
+
+Everything is stored under a hash of the token ids it was computed from, of the model and of the settings that matter,
+so that a folder may be shared by sculpts of any kind; a lock lets one of several processes compute and the others wait.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from persona_pruner import files
+from persona_pruner.evaluation import metrics
+from persona_pruner.nn import masked
+from persona_pruner.packing import text_packs
+from persona_pruner.search import masks as choice
+from persona_pruner.search.scores import Context, channel_scores
+from persona_pruner.synthesis import bank
+from persona_pruner.synthesis.prompts import encode, prompt_ids
+from persona_pruner.synthesis.sensitivity import REFERENCE_SYSTEMS, reference_directions
+from persona_pruner.workspace import Workspace
+
+
+class Generic:
+    """Generic statistics of one base. root: hash of the model; folder: where they are shared, None to keep nothing."""
+
+    def __init__(self, model: nn.Module, tokenizer, root: str, folder: str | Path | None = None):
+        self.model, self.tokenizer, self.root = model, tokenizer, root
+        self.work = Workspace(folder)
+
+    @cached_property
+    def _neutral(self) -> list[list[int]]:
+        return [encode(self.tokenizer, text) for text in bank.passages("neutral")]
+
+    @cached_property
+    def _calibration(self) -> list[list[int]]:
+        return [encode(self.tokenizer, text) for text in bank.passages("calibration")]
+
+    @property
+    def neutral_tokens(self) -> int:
+        return sum(map(len, self._neutral))
+
+    def references(self, questions: Sequence[str], step: Callable[[int], None]) -> Tensor:
+        """`reference_directions` of these questions; `step` as there."""
+        prompts = [[prompt_ids(self.tokenizer, s, q) for q in questions] for s in REFERENCE_SYSTEMS]
+        key, told = files.digest([self.root, prompts]), 0
+
+        def count(done: int) -> None:
+            nonlocal told
+            told += done
+            step(done)
+
+        found = self._tensor("references", key, lambda: reference_directions(self.model, prompts, count))
+        step(len(questions) * len(REFERENCE_SYSTEMS) - told)
+        return found
+
+    def neutral_nll(self) -> float:
+        """NLL of the dense model on the neutral texts, nats per token."""
+        key = files.digest([self.root, self._neutral])
+        return self._value("neutral", key, lambda: metrics.text_nll(self.model, self._neutral))
+
+    def neutral_nll_now(self) -> float:
+        """The same of the model as it is at the moment (under a mask, or with other weights); never stored."""
+        return metrics.text_nll(self.model, self._neutral)
+
+    def baseline(self, name: str, ratio: float, seed: int) -> tuple[list[Tensor], float]:
+        """The masks of a baseline on generic calibration text, equal widths, and its NLL on the neutral texts."""
+        key = files.digest([self.root, name, seed, self._calibration])
+
+        def make() -> dict[str, Tensor]:
+            scores = channel_scores(name, Context(self.model, text_packs(self._calibration), seed))
+            return {str(layer): score for layer, score in enumerate(scores)}
+
+        stored = self._tensors(f"baseline-{name}", key, make)
+        device = self.model.get_input_embeddings().weight.device
+        masks = choice.choose([stored[str(i)].to(device) for i in range(len(stored))], ratio, "layer")
+
+        def nll() -> float:
+            with masked(self.model, masks):
+                return self.neutral_nll_now()
+
+        return masks, self._value(f"neutral-{name}", files.digest([key, ratio, self._neutral]), nll)
+
+    def _value(self, name: str, key: str, make: Callable):
+        name = f"{name}-{key[:16]}"
+        with self._alone(name):
+            return self.work.value(name, key, make)
+
+    def _tensors(self, name: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        name = f"{name}-{key[:16]}"
+        with self._alone(name):
+            found = self.work.read_tensors(name, key)
+            if found is None:
+                found = make()
+                self.work.write_tensors(name, key, found)
+            return found
+
+    def _tensor(self, name: str, key: str, make: Callable[[], Tensor]) -> Tensor:
+        return self._tensors(name, key, lambda: {name: make()})[name]
+
+    @contextmanager
+    def _alone(self, name: str):
+        """Within it no other process computes what has this name."""
+        lock = nullcontext()
+        if self.work.folder is not None:
+            from filelock import FileLock
+
+            self.work.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.work.folder / f"{name}.lock")
+        with lock:
+            yield

@@ -1,0 +1,60 @@
+"""summary.csv and index.html: many sculpts on one page."""
+
+import csv
+import io
+import statistics
+from functools import cache
+from importlib import resources
+from urllib.parse import quote
+
+from persona_pruner.report import facts
+
+COLUMNS = (
+    "name", "persona", "status", "kl", "nll_drop", "neutral_nll_drop", "baseline", "kl_removed", "kept", "bytes",
+    "seconds", "attempts", "folder", "error",
+)  # fmt: skip
+
+
+def csv_text(rows: list[dict]) -> str:
+    """The rows of `many.sculpt_many` as CSV. A text that a spreadsheet would take for a formula gets a quote before."""
+
+    def cell(value):
+        dangerous = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+        return f"'{value}" if dangerous else value
+
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: cell(row.get(name)) for name in COLUMNS} for row in rows)
+    return out.getvalue()
+
+
+@cache
+def _template():
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "size": facts.size_in_bytes,
+        "signed": facts.signed,
+        "percent": facts.percent,
+        "path": quote,
+    }
+    return environment.from_string(resources.files(__package__).joinpath("index.html").read_text(encoding="utf-8"))
+
+
+def html(rows: list[dict], model: str, ratio: float) -> str:
+    """The page that links all reports; the rows are those of `many.sculpt_many`."""
+    done = [row for row in rows if row["status"] == "done"]
+    gains = [row["kl_removed"] for row in done if row.get("kl_removed") is not None]
+    return _template().render(
+        rows=rows,
+        model=model,
+        removed=facts.percent(ratio),
+        done=len(done),
+        failed=sum(row["status"] == "failed" for row in rows),
+        bytes=sum(row["bytes"] for row in done),
+        median_kl=statistics.median(row["kl"] for row in done) if done else None,
+        median_gain=statistics.median(gains) if gains else None,
+        most=max((row["kl"] for row in done), default=0) or 1,
+    )

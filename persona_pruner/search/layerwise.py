@@ -1,0 +1,109 @@
+"""Weights replaced block by block: each block is fed what the blocks before it, as they are now, give."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from persona_pruner import models
+from persona_pruner.nn.sparse import block_linears
+from persona_pruner.packing import Pack, hidden_states
+from persona_pruner.prefix_attention import prefix_attention
+
+Replace = Callable[[Tensor, Tensor], Tensor]
+FFN = ("gate_proj", "up_proj", "down_proj")
+
+
+def chosen_linears(model: nn.Module, ffn_only: bool) -> dict[str, nn.Linear]:
+    """Linears of the blocks, or of their MLPs only, by name."""
+    every = block_linears(model)
+    return {name: linear for name, linear in every.items() if not ffn_only or name.rpartition(".")[2] in FFN}
+
+
+@torch.no_grad()
+def block_inputs(model: nn.Module, packs: Sequence[Pack]) -> tuple[list[Tensor], list[list[dict]]]:
+    """What enters the first block for every pack, and the other arguments of every block for every pack."""
+    blocks = models.decoder_layers(model)
+    first: list[Tensor] = []
+    rest: list[list[dict]] = [[] for _ in blocks]
+
+    def note(layer: int, args: tuple, kwargs: dict) -> None:
+        if not layer:
+            first.append(args[0])
+        rest[layer].append(kwargs)
+
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args, kwargs, i=i: note(i, args, kwargs), with_kwargs=True)
+        for i, block in enumerate(blocks)
+    ]
+    try:
+        for batch in packs:
+            hidden_states(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return first, rest
+
+
+@torch.no_grad()
+def replace_weights_(
+    model: nn.Module,
+    packs: Sequence[Pack],
+    replace: Replace,
+    ffn_only: bool = False,
+    step: Callable[[int], None] = lambda done: None,
+) -> nn.Module:
+    """Puts `replace(W, H)` in the place of every block linear's weight W [out, in], in place, block after block.
+
+    H, float32 [in, in], is the sum over tokens of x x^T of what enters the linear, once the blocks before it have their
+    new weights. Linears of a block with the same input are replaced together, as one matrix of all their rows.
+    """
+    device = model.get_input_embeddings().weight.device
+    packs = [batch.to(device) for batch in packs]
+    states, rest = block_inputs(model, packs)
+    known = {id(linear) for linear in chosen_linears(model, ffn_only).values()}
+    decoder = model.get_decoder()
+    for number, block in enumerate(models.decoder_layers(model)):
+        chosen = [module for module in block.modules() if id(module) in known]
+        with prefix_attention(decoder):
+            groups = _grams(block, chosen, states, rest[number])
+            for linears, gram in groups:
+                weight = replace(torch.cat([linear.weight for linear in linears]), gram)
+                parts = weight.split([linear.out_features for linear in linears])
+                for linear, part in zip(linears, parts, strict=True):
+                    linear.weight.copy_(part)
+            states = [_run(block, x, kwargs) for x, kwargs in zip(states, rest[number], strict=True)]
+        step(1)
+    return model
+
+
+def _run(block: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
+    out = block(x, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _grams(block: nn.Module, linears: list[nn.Linear], states, rest) -> list[tuple[list[nn.Linear], Tensor]]:
+    """Linears that read the very same tensor, with its H."""
+    readers: dict[int, list[nn.Linear]] = {}
+    sums: dict[int, Tensor] = {}
+    seen: dict[int, tuple[Tensor, int]] = {}  # holds the tensor, so that its address is not used again
+
+    def add(linear: nn.Linear, args: tuple) -> None:
+        x = args[0]
+        key = seen.get(id(x), (x, id(linear)))[1]
+        seen[id(x)] = (x, key)
+        if linear not in readers.setdefault(key, []):
+            readers[key].append(linear)
+        if key == id(linear):
+            rows = x.reshape(-1, x.shape[-1]).float()
+            sums[key] = sums.get(key, 0) + rows.T @ rows
+
+    hooks = [linear.register_forward_pre_hook(lambda module, args: add(module, args)) for linear in linears]
+    try:
+        for x, kwargs in zip(states, rest, strict=True):
+            _run(block, x, kwargs)
+            seen.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(readers[key], sums[key]) for key in readers]

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of many characters on one base model (extra `serve`)."""

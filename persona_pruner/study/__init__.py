@@ -1,0 +1,1 @@
+"""Experiments over personas, methods and seeds: `persona-pruner compare` and `persona-pruner analyse`."""

@@ -1,0 +1,191 @@
+"""The persona's own slices: what `sculpt` makes, its parts as controls, and the ways past it."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from persona_pruner import files, models
+from persona_pruner.config import SculptConfig
+from persona_pruner.nn import slim_
+from persona_pruner.packing import Example, Pack, pack
+from persona_pruner.search import masks as choice
+from persona_pruner.search import recovery, ste
+from persona_pruner.search.baselines import two_four
+from persona_pruner.search.repair import repaired_down
+from persona_pruner.search.scores import Context, channel_scores
+from persona_pruner.workspace import Workspace
+
+RECOVERY_STEPS = 24
+DISTILL_STEPS = 24
+
+
+@torch.no_grad()
+def cut(model: nn.Module, masks: Sequence[Tensor], down: Sequence[Tensor] | None = None) -> nn.Module:
+    """A copy without the channels outside the masks, with repaired W_down if given."""
+    copied = copy.deepcopy(model)
+    for mlp, weight in zip(models.gated_mlps(copied), down or (), strict=down is not None):
+        mlp.down_proj.weight.copy_(weight)
+    return slim_(copied, masks)
+
+
+class Search:
+    """What the slices of one persona and one seed share: scores, dense targets, searched masks. Each is made once and
+    kept in `work` under `key` (of model and data) and its own settings; `seconds` sums what it took to make those that
+    were read and not made anew. `neutral` is prose without the persona, for the slices that are to stay good at other
+    things too."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        config: SculptConfig,
+        work: Workspace,
+        key: str,
+        packs: Sequence[Pack] | None = None,
+        neutral: Sequence[Pack] = (),
+    ):
+        self.model, self.examples, self.config, self.work, self.key = model, examples, config, work, key
+        self.packs = list(packs) if packs is not None else pack(examples, config.budget)
+        self.neutral = list(neutral)
+        self.targets = ste.Targets(examples)
+        self.seconds = 0.0
+        self.counted: set[str] = set()
+
+    def _kept(self, name: str, make: Callable[[], list[Tensor]], *depends: object) -> list[Tensor]:
+        """A list of tensors by name, made or read; `depends` are the settings it comes from, beside the data."""
+        key = files.digest([self.key, name, self.config.seed, self.config.budget, *depends])
+        stored = self.work.read_tensors(name, key)
+        if stored is None:
+            begun = time.perf_counter()
+            found = make()
+            took = torch.tensor(time.perf_counter() - begun, dtype=torch.float64)
+            stored = {str(i): t for i, t in enumerate(found)} | {"seconds": took}
+            self.work.write_tensors(name, key, stored)
+        elif name not in self.counted:
+            self.seconds += stored["seconds"].item()
+        self.counted.add(name)
+        device = self.model.get_input_embeddings().weight.device
+        return [stored[str(i)].to(device) for i in range(len(stored) - 1)]
+
+    def scores(self) -> list[Tensor]:
+        def make() -> list[Tensor]:
+            seen = {"seen": self.targets.add} if self.examples else {}  # none of the shared mask's, which has no search
+            return channel_scores(self.config.start, Context(self.model, self.packs, self.config.seed, **seen))
+
+        return self._kept(f"scores-{self.config.start}", make)
+
+    def balanced_scores(self) -> list[Tensor]:
+        """The scores plus those of the neutral prose: sums over the tokens of both."""
+
+        def make() -> list[Tensor]:
+            return channel_scores(self.config.start, Context(self.model, self.neutral, self.config.seed))
+
+        neutral = self._kept(f"scores-{self.config.start}-neutral", make)
+        return [own + other for own, other in zip(self.scores(), neutral, strict=True)]
+
+    def teacher(self) -> list[Tensor]:
+        """Dense final states of every example; not stored, since a pass of the dense model gives them."""
+        if not self.targets.complete():
+            self.targets.states = list(ste.teacher_states(self.model, self.examples, self.config.budget))
+        return self.targets.states
+
+    def masks(self, ratio: float, scope: str, searched: bool = True) -> list[Tensor]:
+        """Masks from the scores alone, or after the straight-through steps."""
+        scores = self.scores()
+        if not searched or not self.config.steps:
+            return choice.choose(scores, ratio, scope)
+        names = ("loss", "steps", "lr", "budget", "seed")
+        settings = ste.Settings(ratio=ratio, scope=scope, **{name: getattr(self.config, name) for name in names})
+
+        def make() -> list[Tensor]:
+            state = ste.start(scores, scope)
+            return ste.search(self.model, self.examples, state, settings, self.teacher())
+
+        kept = self._kept(f"masks-{scope}-{ratio}", make, self.config.start, asdict(settings))
+        return [mask.bool() for mask in kept]
+
+    def repaired(self, masks: Sequence[Tensor], balanced: bool = False) -> nn.Module:
+        packs = [*self.packs, *self.neutral] if balanced else self.packs
+        (down,) = repaired_down(self.model, packs, [masks], self.config.ridge)
+        return cut(self.model, masks, down)
+
+
+def _sculpted(search: Search, ratio: float) -> nn.Module:
+    return search.repaired(search.masks(ratio, "layer"))
+
+
+def _masked(search: Search, ratio: float) -> nn.Module:
+    return cut(search.model, search.masks(ratio, "layer"))
+
+
+def _unsearched(search: Search, ratio: float) -> nn.Module:
+    return search.repaired(search.masks(ratio, "layer", searched=False))
+
+
+def _wide(search: Search, ratio: float) -> nn.Module:
+    return search.repaired(search.masks(ratio, "global"))
+
+
+def _wide_masked(search: Search, ratio: float) -> nn.Module:
+    return cut(search.model, search.masks(ratio, "global"))
+
+
+def _wide_unsearched(search: Search, ratio: float) -> nn.Module:
+    return search.repaired(search.masks(ratio, "global", searched=False))
+
+
+def _balanced(search: Search, ratio: float) -> nn.Module:
+    return search.repaired(choice.choose(search.balanced_scores(), ratio, "global"), balanced=True)
+
+
+def _recovered(search: Search, ratio: float) -> nn.Module:
+    model = _wide(search, ratio)
+    options = {"budget": search.config.budget, "seed": search.config.seed + 1}
+    recovery.lora_(model, search.examples, search.teacher(), RECOVERY_STEPS, **options)
+    return model
+
+
+def _two_four(search: Search, base: nn.Module, ffn_only: bool = False) -> nn.Module:
+    model = two_four.sparsegpt(Context(base, search.packs), ffn_only=ffn_only)
+    options = {"budget": search.config.budget, "seed": search.config.seed + 1}
+    recovery.distill_(model, search.examples, search.teacher(), DISTILL_STEPS, **options)
+    return model
+
+
+# Name, how it is made, what is said of it in tables.
+OWN: dict[str, tuple[Callable[[Search, float], nn.Module], str]] = {
+    "persona": (_sculpted, "scores, straight-through search, repair; equal widths (sculpt's default)"),
+    "persona-mask": (_masked, "the same without repair: weights untouched"),
+    "persona-scores": (_unsearched, "scores and repair without search: a control"),
+    "persona-global": (_wide, "search and repair, widths free over layers"),
+    "persona-global-mask": (_wide_masked, "the same without repair: weights untouched"),
+    "persona-global-scores": (_wide_unsearched, "scores and repair without search, widths free: a control"),
+    "persona-balanced": (_balanced, "persona-global-scores with neutral prose among the data of scores and repair"),
+    "persona-slim-2:4": (
+        lambda search, ratio: _two_four(search, _sculpted(search, ratio)),
+        "persona, then two of every four of its weights as in persona-2:4",
+    ),
+    "persona-recovered": (_recovered, f"persona-global, then {RECOVERY_STEPS} steps of LoRA on KL, merged"),
+}
+OWN_24: dict[str, tuple[Callable[[Search, float], nn.Module], str]] = {
+    "persona-2:4": (
+        lambda search, ratio: _two_four(search, search.model),
+        f"SparseGPT on the persona's data, then {DISTILL_STEPS} steps of KL on the kept weights; all block linears",
+    ),
+    "persona-2:4-ffn": (
+        lambda search, ratio: _two_four(search, search.model, True),
+        "the same on the FFN's linears only, which is half of its bytes like half of its channels",
+    ),
+}
+SHARED = "shared"
+SHARED_HOW = "one mask and repair for all personas, from as much data: the counterpart of persona-scores"
+METHODS = OWN | OWN_24 | {SHARED: (_unsearched, SHARED_HOW)}
+
+
+def made(method: str, search: Search, ratio: float) -> nn.Module:
+    """A pruned copy by one of `METHODS`."""
+    return METHODS[method][0](search, ratio)
