@@ -73,5 +73,5 @@ class Watcher:
         while not self._stop.wait(self.seconds):
             try:
                 self.scan()
-            except Exception:
+            except Exception:  # the thread outlives a bad file or disk and looks again
                 log.exception("looking at %s failed", self.folder)

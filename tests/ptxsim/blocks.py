@@ -44,7 +44,6 @@ def compile_ins(ins):
         Unsupported,
         KeyError,
         ValueError,
-        NotImplementedError,
         AttributeError,
         IndexError,
         TypeError,

@@ -34,7 +34,7 @@ def round_to(x, dt, mode):
         return np.where(w > x, np.nextafter(r, dt.type(-np.inf)), r)
     if mode == "rp":
         return np.where(w < x, np.nextafter(r, dt.type(np.inf)), r)
-    raise NotImplementedError(mode)
+    raise ValueError(f"rounding mode {mode!r}")
 
 
 def bf16_load(b):
@@ -56,7 +56,7 @@ def bf16_store(x, mode="rn"):
         elif mode == "rp":
             r = r + (more & ~neg)
         elif mode != "rz":
-            raise NotImplementedError(mode)
+            raise ValueError(f"rounding mode {mode!r}")
     return np.where(np.isnan(x), U16.type(0x7FFF), r.astype(U16))
 
 
