@@ -29,7 +29,7 @@ def report() -> dict:
         "cpu": {
             "machine": platform.machine(),
             "isa": _native.cpu_isa(),
-            "native_bf16": bool(models.fast_dtype("cpu") == torch.bfloat16),
+            "fast_bf16": bool(models.fast_dtype("cpu") == torch.bfloat16),
             "threads": torch.get_num_threads(),
         },
         "cuda": {

@@ -13,6 +13,7 @@ from torch import nn
 
 from persona_pruner import files
 from persona_pruner.errors import InputError, RunError
+from persona_pruner.ops._native import cpu_flags
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,17 +47,17 @@ def quiet_transformers():
 
 
 def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively (CUDA; AMX or AVX512-BF16 on a CPU), else float32.
+    """bfloat16 where the hardware multiplies it faster than float32 (CUDA; AMX, or AMD's AVX512-BF16), else float32.
 
-    Without such units a CPU runs bf16 products far below float32 speed; with them 2 cores gave 2.3 TFLOP/s against 0.3
-    in float32 by AMX (Sapphire Rapids, 2026-11-22) and 0.38 against 0.16 by AVX512-BF16 (Zen 4, 2026-11-23), for
-    1024x576 by 576x1536.
+    TFLOP/s of 2 cores in bfloat16 and float32 for 1024x576 by 576x1536: 2.3 and 0.3 by AMX (Sapphire Rapids,
+    2026-11-22), 0.38 and 0.16 by AVX512-BF16 on Zen 4 (2026-11-23), but 0.16 and 0.29 on an Intel without AMX, whose
+    dot products of bfloat16 pairs take two cycles (2026-11-25).
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    faster = torch.cpu._is_amx_tile_supported() or {"avx512_bf16", "AuthenticAMD"} <= cpu_flags()
+    return torch.bfloat16 if faster else torch.float32
 
 
 def resolve_dtype(name: str, device: str | torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ def test_report():
     assert found["packages"]["torch"] == torch.__version__ and found["packages"]["transformers"].startswith("5.")
     assert doctor._version("no-such-package") == "not installed"
     assert found["cpu"]["threads"] == torch.get_num_threads()
-    assert found["cpu"]["native_bf16"] == (models.resolve_dtype("auto", "cpu") == torch.bfloat16)
+    assert found["cpu"]["fast_bf16"] == (models.resolve_dtype("auto", "cpu") == torch.bfloat16)
     assert len(found["cuda"]["devices"]) == torch.cuda.device_count()
     assert set(found["ops"]) == {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}
     assert set(found["ops"]["cpu"]) == {op.name for op in ops.OPS} >= {"masked_swiglu", "linear24", "select24"}
