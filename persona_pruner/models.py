@@ -13,7 +13,7 @@ from torch import nn
 
 from persona_pruner import files
 from persona_pruner.errors import InputError, RunError
-from persona_pruner.ops._native import cpu_flags
+from persona_pruner.processor import cpu_flags
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "persona_pruner"
 # Each unit (a module or a folder of the package) imports from lines above its own, or from itself.
 ORDER = [
     {"errors", "__version__"},
-    {"prefix_attention", "files", "config"},
+    {"prefix_attention", "files", "config", "processor"},
     {"card_files"},
     {"persona"},
     {"models", "packing", "progress", "executors"},

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch  # noqa: F401  loaded first, so that the modules bind to torch's libgomp and share its thread pool
 
 from persona_pruner.errors import InputError
+from persona_pruner.processor import cpu_flags
 
 # Instruction sets from best to least, with the processor flags (names of /proc/cpuinfo) that each build uses.
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni", "fma", "f16c"}
@@ -20,22 +21,6 @@ ISAS = {
     "avx2": {"avx2", "fma", "f16c"},
     "baseline": set(),
 }
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """Feature names of this processor and its vendor's; empty where the system does not list them."""
-    found: set[str] = set()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith(("flags", "Features", "vendor_id")):
-                    found.update(line.partition(":")[2].split())
-                if not line.strip():  # the first processor ends here
-                    break
-    except OSError:
-        pass
-    return frozenset(found)
 
 
 @cache
