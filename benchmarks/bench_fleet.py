@@ -49,16 +49,14 @@ def resident() -> int:
 
 
 def decode(fleet, names, tokens) -> float:
-    """Tokens/s of conversations with these characters at once, prompts not counted."""
-    stop, fleet._stop = fleet._stop, set()
+    """Tokens/s of conversations with these characters at once, prompts not counted; the fleet has no stop_ids."""
     for name in names:
         fleet.submit(name, [{"role": "user", "content": QUESTION}], Sampling(tokens + 1, temperature=0))
-    while fleet._waiting or any(request.done < request.prompt for request in fleet._running):
+    while (now := fleet.stats())["queued"] or now["prefilling"]:
         fleet.step()
     before, begun = fleet.stats()["tokens"], time.perf_counter()
     while not fleet.idle:
         fleet.step()
-    fleet._stop = stop
     return (fleet.stats()["tokens"] - before) / (time.perf_counter() - begun)
 
 
@@ -227,6 +225,7 @@ def main(argv=None):
     dense = models.load_model(MODEL, dtype="bfloat16")[0]
     for kind in args.weights:
         fleet = Fleet(model, tokenizer, KINDS[kind][0], base=MODEL)
+        fleet.stop_ids = set()
         for file in files:
             fleet.add(file.name, file)
         row = {"weights": kind, "threads": args.threads, "base, MB": fleet.decoder.nbytes / 1e6, **memory(fleet, files)}

@@ -69,7 +69,7 @@ def chat(model="bram", text="Who are you?", **rest) -> dict:
 
 def endless(mine: Fleet, pause: float) -> Fleet:
     """A fleet whose answers end by their length alone, with a pause in every step."""
-    step, mine._stop = mine.step, set()
+    step, mine.stop_ids = mine.step, set()
 
     def slow():
         time.sleep(pause)

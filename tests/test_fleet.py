@@ -222,7 +222,7 @@ def test_stop_strings_and_end_of_turn():
     stop = text[3:6]
     events = list(one.stream([("anna", chat("", QUESTIONS[0]))], 20, temperature=0, stop=(stop,)))
     assert "".join(e.text for e in events) == text[: text.index(stop)] and events[-1].finish == "stop"
-    one._stop = {full[4]}
+    one.stop_ids = {full[4]}
     events = list(one.stream([("anna", chat("", QUESTIONS[0]))], 20, temperature=0))
     end = full.index(full[4])
     assert len(events) == end + 1 and events[-1].finish == "stop" and events[-1].token == full[4]
