@@ -195,28 +195,43 @@ class _Ray:
         @ray.remote(num_cpus=1, max_retries=0)
         def attempt(work, index, task, said):
             sys.path[:] = [path for path in sys.path if path != here]
-            return _attempt(work, task, lambda text: said.put((index, "said", text)))
+            try:
+                return _attempt(work, task, lambda text: said.put((index, "said", text)))
+            finally:
+                said.put((index, "over", None))
 
         self.attempt = attempt
+        self.alive: set[int] = set()  # tasks that have said something and are not over
 
     def start(self, index: int, task) -> None:
         self.indices[self.attempt.remote(self.work, index, task, self.said)] = index
 
     def wait(self) -> Iterator[tuple]:
         ready, _ = self.ray.wait(list(self.indices), timeout=0.2)
-        if waiting := self.said.qsize():
-            yield from self.said.get_nowait_batch(waiting)
+        yield from self._heard()
         for reference in ready:
             index = self.indices.pop(reference)
+            self.alive.discard(index)
             try:
                 yield index, *self.ray.get(reference)
             except self.ray.exceptions.RayError as error:
                 yield index, "failed", f"its Ray worker failed: {(str(error).splitlines() or [''])[0]}"
 
+    def _heard(self) -> list[tuple]:
+        """What tasks have said since the last call."""
+        waiting = self.said.qsize()
+        found = self.said.get_nowait_batch(waiting) if waiting else []
+        self.alive |= {index for index, kind, _ in found if kind == "said"}
+        self.alive -= {index for index, kind, _ in found if kind == "over"}
+        return [message for message in found if message[1] == "said"]
+
     def close(self, interrupted: bool) -> None:
         for reference in self.indices:
             self.ray.cancel(reference)  # raises KeyboardInterrupt there
-        self.ray.wait(list(self.indices), num_returns=len(self.indices), timeout=GRACE) if self.indices else None
+        until = time.monotonic() + GRACE
+        while self.alive and time.monotonic() < until:  # Ray calls a task over before it has cleaned up
+            time.sleep(0.1)
+            self._heard()
         self.said.shutdown()
         if self.own:
             self.ray.shutdown()

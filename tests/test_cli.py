@@ -46,21 +46,6 @@ def made(base, tmp_path_factory):
     return run("sculpt", "--persona", card, "--model", base, "--out", out, "--json", *SETTINGS), out
 
 
-@pytest.fixture
-def call(capsys):
-    """The command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(argument) for argument in arguments])
-        return caught.value.code or 0, *capsys.readouterr()
-
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
-
-
 def sculpt(base, out, *more, persona=TEXT):
     return ["sculpt", "--persona", persona, "--model", base, "--out", out, *SETTINGS, *more]
 

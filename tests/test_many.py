@@ -16,7 +16,7 @@ from safetensors import safe_open
 from sculpting import HELD_OUT, QUICK, QUICK_ARGUMENTS, command, comparable, environment, save_tiny, snapshot
 
 import persona_pruner as pp
-from persona_pruner import cli, executors, files, generic, many, models
+from persona_pruner import executors, files, generic, many, models
 from persona_pruner.errors import InputError
 from persona_pruner.many import cards_in, sculpt_many, totals
 from persona_pruner.synthesis import bank
@@ -84,19 +84,6 @@ def local_ray(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield
     assert not ray.is_initialized()
-
-
-@pytest.fixture
-def call(capsys):
-    """The command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(argument) for argument in arguments])
-        return caught.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 class Watch(executors.Watch):

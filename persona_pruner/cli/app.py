@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from persona_pruner import __version__
-from persona_pruner.errors import RunError
+from persona_pruner.errors import InputError, RunError
 
 GOES_ON = ("sculpt", "compare", "analyse")  # commands that store what is finished
 
@@ -36,9 +36,10 @@ console, err = (Console(stderr=to, markup=False, emoji=False, highlight=False, s
 Model = Annotated[str, typer.Option(help="Alias (smollm2-135m), local folder or hub name of the base model.")]
 Hub = Annotated[bool, typer.Option("--hub", help="Take an alias's full-precision checkpoint from the hub.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (bfloat16 where the hardware has it), float32, bfloat16, float16.")]
+Dtype = Annotated[str, typer.Option(help="auto (bfloat16 where it is faster), float32, bfloat16, float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 is torch's choice.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of sculpt as name=value; repeatable.")]
 
 
 def example(text: str) -> str:
@@ -54,6 +55,32 @@ def set_threads(count: int) -> None:
         import torch
 
         torch.set_num_threads(count)
+
+
+def load(model: str, device: str, dtype: str, hub: bool):
+    """(model, tokenizer, the progress that showed their loading and goes on)."""
+    from persona_pruner import models
+    from persona_pruner.progress import ConsoleProgress
+
+    progress = ConsoleProgress(err)
+    with progress.stage(f"loading {model}", 1):
+        return *models.load_model(model, device, dtype, hub), progress
+
+
+def parse_settings(words: list[str] | None) -> dict:
+    """{name: value} of words name=value, the values as YAML. Raises InputError for a word of another form."""
+    import yaml
+
+    out = {}
+    for text in words or []:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise InputError(f"--set {text} is not of the form name=value")
+        try:
+            out[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {text}: the value is not valid YAML") from None
+    return out
 
 
 def _version(wanted: bool) -> None:

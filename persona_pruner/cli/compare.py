@@ -11,11 +11,13 @@ from persona_pruner.cli.app import (
     Hub,
     Json,
     Model,
+    Set,
     Threads,
     app,
     console,
-    err,
     example,
+    load,
+    parse_settings,
     print_json,
     set_threads,
 )
@@ -24,23 +26,6 @@ from persona_pruner.errors import InputError
 Personas = Annotated[Path, typer.Option(help="Folder of cards, question sets or texts; or one file.")]
 Count = Annotated[int | None, typer.Option(min=1, help="At most so many personas of the folder.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Seeds for data, search and random choices.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of sculpt as name=value; repeatable.")]
-
-
-def parse_settings(words: list[str] | None) -> dict:
-    """{name: value} of words name=value, the values as YAML. Raises InputError for a word of another form."""
-    import yaml
-
-    out = {}
-    for text in words or []:
-        name, sign, value = text.partition("=")
-        if not sign:
-            raise InputError(f"--set {text} is not of the form name=value")
-        try:
-            out[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"--set {text}: the value is not valid YAML") from None
-    return out
 
 
 @app.command(
@@ -73,9 +58,8 @@ def compare(
     as_json: Json = False,
 ):
     """Measure every pruning method on every persona at equal size: table, headline, plots."""
-    from persona_pruner import models, report
+    from persona_pruner import report
     from persona_pruner.evaluation.judge import read_prompt
-    from persona_pruner.progress import ConsoleProgress
     from persona_pruner.study.compare import compare as run
     from persona_pruner.study.plan import chosen_methods, load_personas
 
@@ -87,9 +71,7 @@ def compare(
     )
     prompt = read_prompt(judge_prompt) if judge_prompt else None
     settings = parse_settings(set_)
-    progress = ConsoleProgress(err)
-    with progress.stage(f"loading {model}", 1):
-        base, tokenizer = models.load_model(model, device, dtype, hub)
+    base, tokenizer, progress = load(model, device, dtype, hub)
     options = {"base": model, "judge": judge, "judge_prompt": prompt, "limit": limit, "progress": progress}
     options["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
     result = run(base, tokenizer, people, out, wanted, shares, seeds, **options, **settings)
@@ -119,17 +101,13 @@ def analyse(
     as_json: Json = False,
 ):
     """Find out what a persona's mask depends on: seed, persona, data, turns, estimator, filter, description."""
-    from persona_pruner import models
-    from persona_pruner.progress import ConsoleProgress
     from persona_pruner.study.analyse import analyse as run
     from persona_pruner.study.plan import load_personas
 
     set_threads(threads)
     people, settings = load_personas(personas, count), parse_settings(set_)
     wanted = [name.strip() for name in studies.split(",") if name.strip()]
-    progress = ConsoleProgress(err)
-    with progress.stage(f"loading {model}", 1):
-        base, tokenizer = models.load_model(model, device, dtype, hub)
+    base, tokenizer, progress = load(model, device, dtype, hub)
     options = {"base": model, "progress": progress}
     result = run(base, tokenizer, people, out, wanted, ratio, seeds, **options, **settings)
     if as_json:

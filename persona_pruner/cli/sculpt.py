@@ -11,11 +11,14 @@ from persona_pruner.cli.app import (
     Hub,
     Json,
     Model,
+    Set,
     Threads,
     app,
     console,
     err,
     example,
+    load,
+    parse_settings,
     print_json,
     set_threads,
 )
@@ -56,9 +59,7 @@ def sculpt(
     answers: Annotated[
         str, typer.Option(help="self, URL or URL#model of an OpenAI-compatible server, or a model.")
     ] = "self",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any further setting as name=value; repeatable.")
-    ] = None,
+    set_: Set = None,
     hub: Hub = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -66,12 +67,9 @@ def sculpt(
     as_json: Json = False,
 ):
     """Find the slice of a model that a character needs, and write it as persona file and slim checkpoint."""
-    import yaml
-
-    from persona_pruner import models, pipeline, report
+    from persona_pruner import pipeline, report
     from persona_pruner.config import SculptConfig
     from persona_pruner.persona import Persona
-    from persona_pruner.progress import ConsoleProgress
 
     if (persona is None) == (cards is None):
         raise InputError("sculpt takes either --persona or --cards")
@@ -79,23 +77,14 @@ def sculpt(
         raise InputError("--engine and --workers belong to --cards")
     settings = {"ratio": ratio, "scope": scope, "seed": seed, "repair": repair, "compare": compare, "answers": answers}
     settings |= {"format": format_, "questions": tuple(questions or ()), "eval_questions": eval_questions}
-    for text in set_ or []:
-        name, sign, value = text.partition("=")
-        if not sign:
-            raise InputError(f"--set {text} is not of the form name=value")
-        try:
-            settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"--set {text}: the value is not valid YAML") from None
+    settings |= parse_settings(set_)
     SculptConfig.of(**settings)
     if cards is not None:
         where = {"model": model, "device": device, "dtype": dtype, "hub": hub}
         return _many(cards, out, engine, workers, retries, threads, as_json, where, settings)
     set_threads(threads)
     who = Persona.load(persona)
-    progress = ConsoleProgress(err)
-    with progress.stage(f"loading {model}", 1):
-        base, tokenizer = models.load_model(model, device, dtype, hub)
+    base, tokenizer, progress = load(model, device, dtype, hub)
     result = pipeline.sculpt(base, tokenizer, who, out=out, base=model, progress=progress, **settings)
     if as_json:
         print_json(result.metrics)

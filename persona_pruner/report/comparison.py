@@ -3,8 +3,6 @@
 import csv
 import io
 from collections.abc import Sequence
-from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from rich.console import Group
@@ -13,6 +11,7 @@ from rich.text import Text
 
 from persona_pruner import files
 from persona_pruner.report.facts import percent
+from persona_pruner.report.pages import template
 
 COLUMNS = {
     "kl": ("KL", "{:.3f}", 1),
@@ -139,20 +138,12 @@ def csv_text(cells: Sequence[dict]) -> str:
     return out.getvalue()
 
 
-@cache
-def _template():
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files(__package__).joinpath("comparison.html").read_text(encoding="utf-8"))
-
-
 def page(title: str, about: str, sentences: Sequence[str], pictures: dict[str, str]) -> str:
     """A self-contained page of plots: pictures are inline SVG by caption."""
     from markupsafe import Markup
 
     shown = {caption: Markup(svg) for caption, svg in pictures.items()}
-    return _template().render(title=title, about=about, sentences=sentences, pictures=shown)
+    return template("comparison.html").render(title=title, about=about, sentences=sentences, pictures=shown)
 
 
 def _about(run: dict) -> str:

@@ -3,11 +3,9 @@
 import csv
 import io
 import statistics
-from functools import cache
-from importlib import resources
-from urllib.parse import quote
 
 from persona_pruner.report import facts
+from persona_pruner.report.pages import template
 
 COLUMNS = (
     "name", "persona", "status", "kl", "nll_drop", "neutral_nll_drop", "baseline", "kl_removed", "kept", "bytes",
@@ -29,25 +27,11 @@ def csv_text(rows: list[dict]) -> str:
     return out.getvalue()
 
 
-@cache
-def _template():
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "size": facts.size_in_bytes,
-        "signed": facts.signed,
-        "percent": facts.percent,
-        "path": quote,
-    }
-    return environment.from_string(resources.files(__package__).joinpath("index.html").read_text(encoding="utf-8"))
-
-
 def html(rows: list[dict], model: str, ratio: float) -> str:
     """The page that links all reports; the rows are those of `many.sculpt_many`."""
     done = [row for row in rows if row["status"] == "done"]
     gains = [row["kl_removed"] for row in done if row.get("kl_removed") is not None]
-    return _template().render(
+    return template("index.html").render(
         rows=rows,
         model=model,
         removed=facts.percent(ratio),

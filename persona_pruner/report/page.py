@@ -1,18 +1,8 @@
 """report.html: one self-contained file."""
 
-from functools import cache
-from importlib import resources
-
 from persona_pruner.formats.persona_file import PersonaFile
 from persona_pruner.report import facts
-
-
-@cache
-def _template():
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+from persona_pruner.report.pages import template
 
 
 def html(metrics: dict, persona_file: PersonaFile) -> str:
@@ -43,7 +33,7 @@ def html(metrics: dict, persona_file: PersonaFile) -> str:
     }
     if searched["losses"]:
         pictures["curve"] = plots.curve(searched["losses"], searched["flips"], loss)
-    return _template().render(
+    return template("report.html").render(
         metrics=metrics,
         run=metrics["run"],
         persona=persona_file,

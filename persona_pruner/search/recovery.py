@@ -3,6 +3,7 @@
 The targets are the dense model's final hidden states, as in the search; the head is shared and frozen.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 
@@ -43,12 +44,14 @@ def _train(
     return losses
 
 
-def _schedule(number: int, steps: int) -> float:
-    """Share of the learning rate: up over the first tenth, then down along a cosine."""
+def _anneal(optimizer: torch.optim.Optimizer, lr: float, number: int, steps: int) -> None:
+    """Sets the learning rate of a step: up over the first tenth, then down along a cosine."""
     warm = max(1, steps // 10)
-    if number < warm:
-        return (number + 1) / warm
-    return 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * (number - warm) / max(1, steps - warm))))
+    share = (number + 1) / warm
+    if number >= warm:
+        share = 0.5 + 0.5 * math.cos(math.pi * (number - warm) / max(1, steps - warm))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * share
 
 
 def lora_(
@@ -75,8 +78,7 @@ def lora_(
     optimizer = torch.optim.AdamW(leaves, lr=lr, weight_decay=0.0)
 
     def update(number: int) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * _schedule(number, steps)
+        _anneal(optimizer, lr, number, steps)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -122,8 +124,7 @@ def distill_(
             for master, weight, mask in zip(masters, weights, kept, strict=True):
                 master.grad = weight.grad.float() * mask
                 weight.grad = None
-            for group in optimizer.param_groups:
-                group["lr"] = lr * _schedule(number, steps)
+            _anneal(optimizer, lr, number, steps)
             optimizer.step()
             for master, weight in zip(masters, weights, strict=True):
                 weight.copy_(master)

@@ -114,28 +114,19 @@ class Search:
         return cut(self.model, masks, down)
 
 
-def _sculpted(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(search.masks(ratio, "layer"))
+Method = Callable[[Search, float], nn.Module]
 
 
-def _masked(search: Search, ratio: float) -> nn.Module:
-    return cut(search.model, search.masks(ratio, "layer"))
+def _repaired(scope: str, searched: bool = True) -> Method:
+    return lambda search, ratio: search.repaired(search.masks(ratio, scope, searched))
 
 
-def _unsearched(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(search.masks(ratio, "layer", searched=False))
+def _masked(scope: str) -> Method:
+    return lambda search, ratio: cut(search.model, search.masks(ratio, scope))
 
 
-def _wide(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(search.masks(ratio, "global"))
-
-
-def _wide_masked(search: Search, ratio: float) -> nn.Module:
-    return cut(search.model, search.masks(ratio, "global"))
-
-
-def _wide_unsearched(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(search.masks(ratio, "global", searched=False))
+sculpted, wide = _repaired("layer"), _repaired("global")
+unsearched = _repaired("layer", searched=False)
 
 
 def _balanced(search: Search, ratio: float) -> nn.Module:
@@ -143,7 +134,7 @@ def _balanced(search: Search, ratio: float) -> nn.Module:
 
 
 def _recovered(search: Search, ratio: float) -> nn.Module:
-    model = _wide(search, ratio)
+    model = wide(search, ratio)
     options = {"budget": search.config.budget, "seed": search.config.seed + 1}
     recovery.lora_(model, search.examples, search.teacher(), RECOVERY_STEPS, **options)
     return model
@@ -157,21 +148,24 @@ def _two_four(search: Search, base: nn.Module, ffn_only: bool = False) -> nn.Mod
 
 
 # Name, how it is made, what is said of it in tables.
-OWN: dict[str, tuple[Callable[[Search, float], nn.Module], str]] = {
-    "persona": (_sculpted, "scores, straight-through search, repair; equal widths (sculpt's default)"),
-    "persona-mask": (_masked, "the same without repair: weights untouched"),
-    "persona-scores": (_unsearched, "scores and repair without search: a control"),
-    "persona-global": (_wide, "search and repair, widths free over layers"),
-    "persona-global-mask": (_wide_masked, "the same without repair: weights untouched"),
-    "persona-global-scores": (_wide_unsearched, "scores and repair without search, widths free: a control"),
+OWN: dict[str, tuple[Method, str]] = {
+    "persona": (sculpted, "scores, straight-through search, repair; equal widths (sculpt's default)"),
+    "persona-mask": (_masked("layer"), "the same without repair: weights untouched"),
+    "persona-scores": (unsearched, "scores and repair without search: a control"),
+    "persona-global": (wide, "search and repair, widths free over layers"),
+    "persona-global-mask": (_masked("global"), "the same without repair: weights untouched"),
+    "persona-global-scores": (
+        _repaired("global", searched=False),
+        "scores and repair without search, widths free: a control",
+    ),
     "persona-balanced": (_balanced, "persona-global-scores with neutral prose among the data of scores and repair"),
     "persona-slim-2:4": (
-        lambda search, ratio: _two_four(search, _sculpted(search, ratio)),
+        lambda search, ratio: _two_four(search, sculpted(search, ratio)),
         "persona, then two of every four of its weights as in persona-2:4",
     ),
     "persona-recovered": (_recovered, f"persona-global, then {RECOVERY_STEPS} steps of LoRA on KL, merged"),
 }
-OWN_24: dict[str, tuple[Callable[[Search, float], nn.Module], str]] = {
+OWN_24: dict[str, tuple[Method, str]] = {
     "persona-2:4": (
         lambda search, ratio: _two_four(search, search.model),
         f"SparseGPT on the persona's data, then {DISTILL_STEPS} steps of KL on the kept weights; all block linears",
@@ -183,7 +177,7 @@ OWN_24: dict[str, tuple[Callable[[Search, float], nn.Module], str]] = {
 }
 SHARED = "shared"
 SHARED_HOW = "one mask and repair for all personas, from as much data: the counterpart of persona-scores"
-METHODS = OWN | OWN_24 | {SHARED: (_unsearched, SHARED_HOW)}
+METHODS = OWN | OWN_24 | {SHARED: (unsearched, SHARED_HOW)}
 
 
 def made(method: str, search: Search, ratio: float) -> nn.Module:
