@@ -195,6 +195,8 @@ class _Ray:
         @ray.remote(num_cpus=1, max_retries=0)
         def attempt(work, index, task, said):
             sys.path[:] = [path for path in sys.path if path != here]
+            # By it Ray cancels. In a shell's background job it is ignored, and children inherit that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 return _attempt(work, task, lambda text: said.put((index, "said", text)))
             finally:
