@@ -28,13 +28,14 @@ gpu-check: .venv/test
 
 # The package with its C++ modules built anew into build/sanitize, which PYTHONPATH puts before the installed one.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZED := linear24 linear24_bounds importance norm_linear paged_attention subset_ffn
 sanitize: .venv/test
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" PERSONA_PRUNER_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	for isa in `$(BIN)/python -P -c 'from persona_pruner.ops._native import *; print(*(i for i, n in ISAS.items() if n - {"AuthenticAMD"} <= cpu_flags()))'`; do \
 	  echo "sanitize: $$isa"; \
 	  PERSONA_PRUNER_ISA=$$isa PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="`gcc -print-file-name=libasan.so` `gcc -print-file-name=libubsan.so`" \
-	  $(BIN)/python -P -m pytest -q -p no:cacheprovider tests/test_linear24.py tests/test_importance.py tests/test_linear24_bounds.py || exit 1; \
+	  $(BIN)/python -P -m pytest -q -p no:cacheprovider $(SANITIZED:%=tests/test_%.py) || exit 1; \
 	done
 
 # torch comes first and alone: its pinned version is satisfied by a CPU build, so nothing later brings in a CUDA one.

@@ -171,6 +171,17 @@ class SimJit:
 
 
 @contextmanager
+def poisoned():
+    """New tensors hold NaN until they are written."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
 def recorded(kernels):
     """The launches that a module of kernels/ would do in this block, as a list of (function, arguments, options)."""
     import triton

@@ -1,10 +1,8 @@
 """The CPU kernels read nothing outside their tensors, and corrupt packed weights never crash: 10,000 random ones."""
 
-import ctypes
-import mmap
-
 import pytest
 import torch
+from decode_ops import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,17 +13,6 @@ from persona_pruner.ops.linear24 import check24, pack_linear24, quantize24
 from persona_pruner.testing import assert_close_to_oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def guarded(tensor):
-    """The same numbers so that they end where the readable memory of the process ends: one byte further is a fault."""
-    size = tensor.nbytes
-    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    area = mmap.mmap(-1, pages + mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + pages), mmap.PAGESIZE, 0) == 0
-    held = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size).view(tensor.shape)
-    return held.copy_(tensor)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4), (5, 17, 100), (9, 34, 132), (16, 33, 520), (70, 19, 68), (23, 70, 1044)])

@@ -9,7 +9,6 @@ import itertools
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import gpusim
 import pytest
@@ -95,22 +94,11 @@ def assert_close(y, x, weight, bias, ulps=0.5):
     assert y.shape == exact.shape and worst <= 1, f"error is {worst:.3g} times the bound"
 
 
-@contextmanager
-def poisoned():
-    """New tensors hold NaN until they are written."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def simulate(x, weight, bias, sms, shared, blocks=None, **checks):
     """The CUDA backend on a simulated device; returns y and the SimModule."""
     module = gpusim.SimModule(**checks)
     blocks = host.to_blocks(weight.values, weight.meta) if blocks is None else blocks
-    with poisoned():
+    with gpusim.poisoned():
         y = host.launch(module, x, blocks, weight, bias, (sms, shared), 0, 0)
     return y, module
 
@@ -260,7 +248,7 @@ def test_triton_ptx(case, monkeypatch):
     for name in ("_product", "_sum"):
         monkeypatch.setattr(kernels, name, gpusim.SimJit(getattr(kernels, name)))
     x, weight, bias = random_case(*case)
-    with poisoned():
+    with gpusim.poisoned():
         y = op._triton_run(x, weight, bias)
     assert_close(y, x, weight, bias)
     if case[0] in (F16, BF16):

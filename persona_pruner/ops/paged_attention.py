@@ -38,7 +38,7 @@ def paged_attention_(
     eps: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """out float32 [T, H * d] for qkv float32 [T, (H + 2 Hkv) * d]; writes the new keys and values into the cache.
+    """out float32 [T, H * d] for qkv float32 [T, (H + 2 Hkv) * d], d even; writes the new keys and values.
 
     cos, sin: float32 [P, d/2]; positions, rows: int32 [T]; tables: int32 [R, W]; keys [N, Hkv, d, 16] and values
     [N, Hkv, 16, d] in one of float32, bfloat16, float16; q_norm, k_norm: float32 [d]. `backend`: 'cpu', 'reference', or
@@ -47,16 +47,43 @@ def paged_attention_(
     kv_heads, size = keys.shape[1:3]
     if keys.shape[3:] != (BLOCK,) or values.shape != (len(keys), kv_heads, BLOCK, size) or values.dtype != keys.dtype:
         raise InputError(f"paged_attention_: keys must be [N, Hkv, d, {BLOCK}] and values [N, Hkv, {BLOCK}, d], alike")
+    if size % 2:
+        raise InputError(f"paged_attention_: the size of a head must be even, got {size}")
     heads = qkv.shape[-1] // size - 2 * kv_heads
     if qkv.dim() != 2 or qkv.shape[1] != (heads + 2 * kv_heads) * size or heads < 1 or heads % kv_heads:
         raise InputError(f"paged_attention_: qkv {list(qkv.shape)} does not fit {kv_heads} key heads of {size}")
     whole = all(t.dtype == torch.int32 for t in (positions, rows, tables))
     if qkv.dtype not in (torch.float32, torch.float64) or not whole:
         raise InputError("paged_attention_: qkv must be float32, and positions, rows and tables int32")
-    if len(positions) != len(qkv) or len(rows) != len(qkv) or cos.shape[1:] != (size // 2,) or sin.shape != cos.shape:
-        raise InputError("paged_attention_: positions and rows must be [T], cos and sin [P, d/2]")
+    if positions.shape != qkv.shape[:1] or rows.shape != qkv.shape[:1] or tables.dim() != 2:
+        raise InputError("paged_attention_: positions and rows must be [T] and tables [R, W]")
+    if cos.shape[1:] != (size // 2,) or sin.shape != cos.shape:
+        raise InputError("paged_attention_: cos and sin must be [P, d/2]")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None and (norm.shape != (size,) or norm.dtype != qkv.dtype):
+            raise InputError(f"paged_attention_: {name} must be {qkv.dtype} [{size}]")
+    args = qkv, cos, sin, positions, rows, tables, keys, values, scale, window, q_norm, k_norm, eps
+    if torch.compiler.is_compiling():
+        return _op(*args, backend)
+    return OP.pick(qkv.device, backend, *args).run(*args)
+
+
+# What torch.compile sees. Eager calls go past it, and the fleet past the checks as well: the dispatcher costs more than
+# the attention of a short conversation.
+@torch.library.custom_op("persona_pruner::paged_attention_", mutates_args=("keys", "values"))
+def _op(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, rows: Tensor, tables: Tensor, keys: Tensor,
+    values: Tensor, scale: float, window: int | None, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    backend: str | None,
+) -> Tensor:  # fmt: skip
     args = qkv, cos, sin, positions, rows, tables, keys, values, scale, window, q_norm, k_norm, eps
     return OP.pick(qkv.device, backend, *args).run(*args)
+
+
+@_op.register_fake
+def _(qkv, cos, sin, positions, rows, tables, keys, values, *rest):
+    kv_heads, size = keys.shape[1:3]
+    return qkv.new_empty(len(qkv), qkv.shape[1] - 2 * kv_heads * size)
 
 
 def _rotated(x, cos, sin):
@@ -70,7 +97,7 @@ def reference(qkv, cos, sin, positions, rows, tables, keys, values, scale, windo
     kv_heads, size = keys.shape[1:3]
     place = positions.long()
     heads = qkv.shape[1] // size - 2 * kv_heads
-    q, k, v = qkv.view(len(qkv), -1, size).split([heads, kv_heads, kv_heads], 1)
+    q, k, v = qkv.view(len(qkv), heads + 2 * kv_heads, size).split([heads, kv_heads, kv_heads], 1)
     q, k = (x if norm is None else rms_norm(x, norm, eps) for x, norm in ((q, q_norm), (k, k_norm)))
     q, k = (_rotated(x, cos[place].to(x.dtype), sin[place].to(x.dtype)) for x in (q, k))
     block = tables[rows.long(), place // BLOCK].long()

@@ -8,6 +8,8 @@ or RMSNorm of it (see norm_linear); biases of the three layers and a residual ar
 weights have one float32 scale a row.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,12 +55,35 @@ def subset_ffn(
     'gelu_tanh'. No gradients. `backend`: 'cpu', 'reference', or None for the best one. Raises InputError
     naming the limit.
     """
-    channels, segments = _check(x, (w_gate, w_up, w_down_t), channels, segments, act, scales, biases, norm, residual)
-    args = x, (w_gate, w_up, w_down_t), channels, segments, act, tuple(scales), tuple(biases), norm, eps, residual
+    weights, scales, biases = [w_gate, w_up, w_down_t], list(scales), list(biases)
+    _check(x, weights, act, scales, biases, norm, residual)
+    args = x, weights, channels, segments, act, scales, biases, norm, eps, residual, backend
+    return _op(*args) if torch.compiler.is_compiling() else _forward(*args)
+
+
+def _forward(x, weights, channels, segments, act, scales, biases, norm, eps, residual, backend):
+    channels, segments = _check_lists(x, len(weights[0]), channels, segments)
+    args = x, weights, channels, segments, act, scales, biases, norm, eps, residual
     return OP.pick(x.device, backend, *args).run(*args)
 
 
-def _check(x, weights, channels, segments, act, scales, biases, norm, residual):
+# What torch.compile sees. Eager calls go past it, and the fleet past the checks as well: the dispatcher costs more than
+# a small decode step.
+@torch.library.custom_op("persona_pruner::subset_ffn", mutates_args=())
+def _op(
+    x: Tensor, weights: Sequence[Tensor], channels: Tensor | None, segments: Tensor | None, act: str,
+    scales: Sequence[Tensor | None], biases: Sequence[Tensor | None], norm: Tensor | None, eps: float,
+    residual: Tensor | None, backend: str | None,
+) -> Tensor:  # fmt: skip
+    return _forward(x, weights, channels, segments, act, scales, biases, norm, eps, residual, backend)
+
+
+@_op.register_fake
+def _(x, *rest):
+    return x.new_empty(x.shape)
+
+
+def _check(x, weights, act, scales, biases, norm, residual):
     width, hidden = weights[0].shape if weights[0].dim() == 2 else (0, 0)
     kind = weights[0].dtype
     if x.dim() != 2 or any(w.shape != (width, hidden) or w.dtype != kind for w in weights) or x.shape[1] != hidden:
@@ -77,6 +102,10 @@ def _check(x, weights, channels, segments, act, scales, biases, norm, residual):
             raise InputError(f"subset_ffn: {name} must be {wide} [{length}]")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise InputError("subset_ffn: residual must have the shape and dtype of x")
+
+
+def _check_lists(x, width, channels, segments):
+    """What torch.compile cannot check, for it depends on numbers: the lists, made where they are None."""
     if channels is None:
         channels = torch.arange(width, dtype=torch.int32, device=x.device)
     elif channels.dim() != 1 or channels.dtype != torch.int32:
