@@ -213,27 +213,6 @@ def select24_simulated(short):
     return rows
 
 
-def subset_ffn_triton(kernels):
-    """Each form of the products, with small and large tiles of rows, with and without all that surrounds them."""
-    width, cols, most = 256, 512, 128
-    channels, tiles = torch.empty(most, dtype=torch.int32), torch.empty(1, 4, dtype=torch.int32)
-    f32, bf16, f16, i8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
-    for kind, x_kind in ((f32, f32), (bf16, f32), (i8, f32), (bf16, bf16), (f16, f16)):
-        weights = [torch.empty(width, cols, dtype=kind)] * 3
-        scales = [torch.empty(width) if kind == i8 else None] * 3
-        for rows, splits, dressed in ((1, 2, True), (64, 1, False)):
-            x, h = torch.empty(rows, cols, dtype=x_kind), torch.empty(rows, most, dtype=x_kind)
-            biases = [torch.empty(width), torch.empty(width), torch.empty(cols)] if dressed else [None] * 3
-            norm, residual = (torch.empty(cols), x) if dressed else (None, None)
-            height = kernels.tile(rows, kernels.factor_size(x, weights[0]))
-            partial = torch.empty(splits, rows, cols) if splits > 1 else None
-            kernels.subset_ffn(
-                x, weights, scales, biases, norm, 1e-5, residual, channels, tiles, height, most, False, h,
-                torch.empty_like(x), partial,
-            )  # fmt: skip
-            yield f"{str(kind)[6:]} x {str(x_kind)[6:]} rows {height}"
-
-
 OPS = {
     "linear24": Op(
         needs={
@@ -246,7 +225,6 @@ OPS = {
         simulated=linear24_simulated,
     ),
     "select24": Op(triton=select24_triton, simulated=select24_simulated),
-    "subset_ffn": Op(needs={"_(hidden|down) (?!float32 x float32)": "mma"}, triton=subset_ffn_triton),
 }
 
 
