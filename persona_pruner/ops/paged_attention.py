@@ -68,8 +68,7 @@ def paged_attention_(
     return OP.pick(qkv.device, backend, *args).run(*args)
 
 
-# What torch.compile sees. Eager calls go past it, and the fleet past the checks as well: the dispatcher costs more than
-# the attention of a short conversation.
+# What torch.compile sees; eager calls go past it, see norm_linear.
 @torch.library.custom_op("persona_pruner::paged_attention_", mutates_args=("keys", "values"))
 def _op(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, rows: Tensor, tables: Tensor, keys: Tensor,

@@ -67,8 +67,7 @@ def _forward(x, weights, channels, segments, act, scales, biases, norm, eps, res
     return OP.pick(x.device, backend, *args).run(*args)
 
 
-# What torch.compile sees. Eager calls go past it, and the fleet past the checks as well: the dispatcher costs more than
-# a small decode step.
+# What torch.compile sees; eager calls go past it, see norm_linear.
 @torch.library.custom_op("persona_pruner::subset_ffn", mutates_args=())
 def _op(
     x: Tensor, weights: Sequence[Tensor], channels: Tensor | None, segments: Tensor | None, act: str,
