@@ -69,8 +69,8 @@ def norm_linear(
     return OP.pick(x.device, backend, *args).run(*args)
 
 
-# What torch.compile sees. Eager calls go past it, and the fleet past the checks as well: the dispatcher adds 11 to 26 us
-# to a call of this op or subset_ffn (one thread of a Xeon, 2026-11-25), and a product of 64x64 takes 6.
+# What torch.compile sees. Eager calls go past it, and the fleet past the checks as well: the dispatcher adds 11 to
+# 26 us to a call of this op or subset_ffn (one thread of a Xeon, 2026-11-25), and a product of 64x64 takes 6.
 @torch.library.custom_op("persona_pruner::norm_linear", mutates_args=())
 def _op(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None, norm: Tensor | None, eps: float,
