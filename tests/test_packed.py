@@ -16,7 +16,7 @@ from torch import nn
 
 from persona_pruner import cli, models
 from persona_pruner.errors import InputError, RunError
-from persona_pruner.formats.packed import bitmask24, is_packed, packed_copy, read_sparse, save_packed, unpack
+from persona_pruner.formats.packed import PLEA, bitmask24, is_packed, packed_copy, read_sparse, save_packed, unpack
 from persona_pruner.formats.slim import slim_copy
 from persona_pruner.nn.sparse import SparseLinear24, desparsify_, input_norms, packed_layers, sparsify_
 from persona_pruner.ops import unpack24
@@ -159,8 +159,27 @@ def test_either_package_may_be_imported_first(tmp_path, imports):
     assert done.stdout.split() == ["SparseLinear24", "True"], done.stderr[-2000:]
 
 
-def test_without_the_plug_in_loading_fails(tmp_path):
+PLAIN = """
+import sys, torch, transformers
+folder, name, flags = sys.argv[1], sys.argv[2], dict(ignore_mismatched_sizes=sys.argv[3] == "mismatched")
+try:
+    getattr(transformers, name).from_pretrained(folder, **flags)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("flags", ["", "mismatched"])
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM"])
+def test_without_the_plug_in_loading_fails(tmp_path, name, flags):
     save_packed(packed_model(weights=torch.int8), tmp_path / "x")
+    done = run(PLAIN, tmp_path / "x", name, flags)
+    assert PLEA in done.stdout, done.stderr[-2000:]
+
+
+def test_without_the_plea_and_its_config_the_shapes_do_not_fit(tmp_path):
+    save_packed(packed_model(weights=torch.int8), tmp_path / "x")
+    edit_config(tmp_path / "x", lambda config: config.pop("transformers_weights"))
     done = run(CODE.format(imports="from transformers import AutoModelForCausalLM"), tmp_path / "x")
     assert done.returncode == 1 and done.stdout == ""
     assert "Unknown quantization type, got persona_pruner" in done.stderr and "ignore_mismatched_sizes" in done.stderr

@@ -2,7 +2,7 @@
 
 A layer X is stored as X.values, X.meta, X.scales (int8 only) and X.weight, one NaN (see SparseLinear24); all other
 weights as ever. config.json names the packed layers under `quantization_config`. After `import persona_pruner`,
-`AutoModelForCausalLM.from_pretrained(folder)` reads it; without, X.weight makes transformers refuse.
+`AutoModelForCausalLM.from_pretrained(folder)` reads it; without, PLEA makes transformers refuse, and X.weight others.
 """
 
 import copy
@@ -23,6 +23,9 @@ from persona_pruner.packing import Pack, hidden_states
 
 METHOD = "persona_pruner"
 VERSION = 1
+# Stands in config.json as `transformers_weights`, the file with the weights: transformers raises ValueError with these
+# words, for there is no such file, unless the quantizer has taken them out.
+PLEA = "import persona_pruner before loading this packed checkpoint"
 PT = {"format": "pt"}  # what transformers expects in a safetensors header
 KINDS = {"int8": torch.int8, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +83,8 @@ def save_packed(
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         config = files.read_json(temporary / "config.json")
-        files.write_json(temporary / "config.json", {**config, "quantization_config": found})
+        added = {"quantization_config": found, "transformers_weights": PLEA}
+        files.write_json(temporary / "config.json", {**config, **added})
         extra(temporary)
 
     return files.write_folder(folder, write)

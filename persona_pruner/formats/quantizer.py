@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from persona_pruner.errors import InputError
-from persona_pruner.formats.packed import KINDS, METHOD, VERSION
+from persona_pruner.formats.packed import KINDS, METHOD, PLEA, VERSION
 from persona_pruner.nn.sparse import SparseLinear24, desparsify_, packed_layers, replace_module
 
 
@@ -36,6 +36,12 @@ class PackedQuantizer(HfQuantizer):
     """Puts SparseLinear24 in the place of the packed linears before loading, and checks them afterwards."""
 
     requires_calibration = True
+
+    def update_attn_implementation(self, config):
+        """The one hook that has the config before transformers looks for the weights: the plea has been heard."""
+        if getattr(config, "transformers_weights", None) == PLEA:
+            del config.transformers_weights
+        return config
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
