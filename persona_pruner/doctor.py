@@ -18,6 +18,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _cusparselt() -> str:
+    """What torch has of the vendor's 2:4 library, which the packed layers could be given to and are not."""
+    library = torch.backends.cusparselt
+    found = f"torch has {library.version()}" if library.is_available() else "not in this torch"
+    return f"{found}; linear24 never calls it, `bench linear24 --device cuda` times it"
+
+
 def report() -> dict:
     """Plain values: versions, processor, devices, and for every op and device each backend's state or the reason."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -34,6 +41,7 @@ def report() -> dict:
         },
         "cuda": {
             "module": cuda if isinstance(cuda, str) else "built",
+            "cusparselt": _cusparselt(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "ops": {device: {op.name: op.explain(device) for op in ops.OPS} for device in devices},

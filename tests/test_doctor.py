@@ -1,6 +1,7 @@
 """What the doctor says must be so."""
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -15,8 +16,17 @@ def test_report():
     assert found["cpu"]["threads"] == torch.get_num_threads()
     assert found["cpu"]["fast_bf16"] == (models.resolve_dtype("auto", "cpu") == torch.bfloat16)
     assert len(found["cuda"]["devices"]) == torch.cuda.device_count()
+    has = torch.backends.cusparselt.is_available()
+    assert found["cuda"]["cusparselt"].startswith("torch has" if has else "not in this torch")
     assert set(found["ops"]) == {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}
     assert set(found["ops"]["cpu"]) == {op.name for op in ops.OPS} >= {"masked_swiglu", "linear24", "select24"}
+
+
+def test_linear24_has_no_backend_of_the_vendor():
+    """The report says that cuSPARSELt is never called: so no backend may be it, and no code may name its op."""
+    files = (Path(ops.__file__).parent).glob("*linear24*.py")
+    assert not any("_cslt" in file.read_text() or "to_sparse_semi" in file.read_text() for file in files)
+    assert {b.name for b in ops.linear24_op.backends} == {"cpu", "cuda", "triton", "reference"}
 
 
 def test_states_are_those_that_dispatch_goes_by():

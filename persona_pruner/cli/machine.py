@@ -25,6 +25,7 @@ def doctor(as_json: Json = False):
     table.add_row("CPU kernels", f"{cpu['isa']} on {cpu['machine']}, {cpu['threads']} threads")
     table.add_row("fast bf16 products", "yes" if cpu["fast_bf16"] else "no (dtype auto is float32)")
     table.add_row("CUDA module", found["cuda"]["module"])
+    table.add_row("cuSPARSELt", found["cuda"]["cusparselt"])
     table.add_row("GPUs", ", ".join(found["cuda"]["devices"]) or "none")
     console.print(table, soft_wrap=False)
     for device, ops in found["ops"].items():
