@@ -61,21 +61,44 @@ def test_ten_thousand_corrupt_weights_are_refused_or_defined():
     assert refused > 8_000
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data())
-def test_product_for_any_shape_stride_and_value(data):
-    dtype = data.draw(st.sampled_from(DTYPES))
-    m, n, k = data.draw(st.integers(0, 70)), data.draw(st.integers(1, 70)), 4 * data.draw(st.integers(1, 80))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    scale = data.draw(st.sampled_from([1e-3, 1.0, 30.0]))
+@st.composite
+def products(draw):
+    """x [M, K], a view with any stride, and a dense float32 weight [N, K]."""
+    dtype = draw(st.sampled_from(DTYPES))
+    m, n, k = draw(st.integers(0, 70)), draw(st.integers(1, 70)), 4 * draw(st.integers(1, 80))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([1e-3, 1.0, 30.0]))
     weight = torch.randn(n, k, generator=generator) * (torch.rand(n, k, generator=generator) < 0.8)
-    values, meta = ops.select24(weight.to(dtype))
-    check24(values, meta)
-    step, start = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 3))
+    step, start = draw(st.integers(1, 2)), draw(st.integers(0, 3))
     wide = (scale * torch.randn(m, start + step * k, generator=generator)).to(dtype)
-    x = wide[:, start : start + step * k : step]
+    return wide[:, start : start + step * k : step], weight
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(products())
+def test_product_for_any_shape_stride_and_value(drawn):
+    x, weight = drawn
+    values, meta = ops.select24(weight.to(x.dtype))
+    check24(values, meta)
     dense = ops.unpack24(values, meta)
     got = ops.linear24(x, values, meta, backend="cpu")
-    assert got.shape == (m, n) and got.dtype == dtype
-    if m:
+    assert got.shape == (len(x), len(weight)) and got.dtype == x.dtype
+    if len(x):
         assert_close_to_oracle(got, x.double() @ dense.double().T, x @ dense.T)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(products())
+def test_int8_product_for_any_shape_stride_and_value(drawn):
+    x, weight = drawn
+    values, meta = ops.select24(weight)
+    values, scales = quantize24(values)
+    check24(values, meta, scales)
+    got = ops.linear24(x, values, meta, backend="cpu", scales=scales)
+    assert got.shape == (len(x), len(weight)) and got.dtype == x.dtype
+    grid = x.double().abs().amax(1, keepdim=True) / 127
+    whole = (x.double() / grid).round().nan_to_num()
+    exact = whole * grid @ ops.unpack24(values, meta, scales.double()).T
+    # A tie of x's grid may round the other way in float32: three of them at most here, each worth a weight.
+    slack = 3 * grid * 127 * scales.double() + exact.abs() * torch.finfo(x.dtype).eps + torch.finfo(x.dtype).tiny
+    assert ((got.double() - exact).abs() <= slack).all()
