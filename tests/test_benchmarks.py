@@ -6,14 +6,16 @@ import json
 import pytest
 import torch
 
+from persona_pruner.benchmarks import bench_generate
 from persona_pruner.benchmarks.bench_search import Plain
 from persona_pruner.cli import main
+from persona_pruner.nn.sparse import packed_layers, sparsify_
 from persona_pruner.ops import _native
 from persona_pruner.packing import pack
 from persona_pruner.search import ste
 from persona_pruner.search.masks import choose
 from persona_pruner.search.scores import Context, channel_scores
-from persona_pruner.testing import tiny_examples, tiny_model
+from persona_pruner.testing import tiny_examples, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -72,3 +74,46 @@ def test_an_unknown_benchmark_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
         main(["bench", "nothing"])
     assert end.value.code == 2 and "linear24" in capsys.readouterr().err
+
+
+def test_bench_generate(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    found, before = tmp_path / "a.json", torch.get_num_threads()
+    arguments = [
+        "--model",
+        str(tmp_path / "tiny"),
+        "--threads",
+        "1",
+        "--tokens",
+        "8",
+        "--rounds",
+        "1",
+        "--json",
+        str(found),
+    ]
+    try:
+        main(["bench", "generate", *arguments])
+    except SystemExit as end:
+        assert not end.code
+    finally:
+        torch.set_num_threads(before)
+    assert "same choice at" in capsys.readouterr().out
+    written = json.loads(found.read_text())
+    sizes = {row["form"]: row["block MB"] for row in written["rows"]}
+    assert sizes["dense fp32"] == 2 * sizes["dense bf16"] > sizes["2:4 bf16"] > sizes["2:4 int8"] > 0
+    assert written["machine"]["tokens"]["all"] == 4 * 8 and 0 < written["machine"]["int8 layer error"] < 0.02
+
+
+def test_bench_generate_notices_wrong_tokens_and_layers():
+    packed = tiny_model(dtype=torch.bfloat16)
+    sparsify_(packed, dtype=torch.int8)
+    assert bench_generate.check_layers(packed) < 0.02
+    assert bench_generate.compare_tokens(packed, packed, [[1, 2, 3]], 4)["texts"] == 1
+    other = tiny_model(seed=1, dtype=torch.bfloat16)
+    with pytest.raises(SystemExit, match="steps apart"):
+        bench_generate.compare_tokens(packed, other, [[1, 2, 3]], 8)
+    layer = next(iter(packed_layers(packed).values()))
+    layer.dequantize = lambda dtype=None, weight=layer.dequantize(): 2 * weight.to(dtype)
+    with pytest.raises(SystemExit, match="off by"):
+        bench_generate.check_layers(packed)

@@ -45,7 +45,8 @@ def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help="linear24, select24, importance, subset_ffn, search, fleet or serve; its own options follow (--help)."
+            help="linear24, select24, importance, subset_ffn, search, generate, fleet or serve; "
+            "its own options follow (--help)."
         ),
     ] = "",
 ):
