@@ -97,8 +97,8 @@ def main(argv=None):
     about |= {"tokens": found, "int8 layer error": check_layers(whole)}
     print(
         f"2:4 bf16 against dense with zeros: {found['texts']} of {found['of']} texts equal; after the same text "
-        f"the same choice at {found['places']} of {found['all']} places, elsewhere {found['steps']:.1f} steps of bfloat16 "
-        f"apart at most; int8 layers within {about['int8 layer error']:.4f}"
+        f"the same choice at {found['places']} of {found['all']} places, elsewhere {found['steps']:.1f} steps of "
+        f"bfloat16 apart at most; int8 layers within {about['int8 layer error']:.4f}"
     )
     forms = {"dense fp32": wide, "dense bf16": dense, "2:4 bf16": packed, "2:4 int8": whole}
     linears = sum(linear.weight.nbytes for linear in block_linears(dense).values())
