@@ -4,6 +4,7 @@ The simulator checks bounds, races, reads of unwritten shared memory, waits for 
 mma.sp; the numbers are compared with float64. PERSONA_PRUNER_SLOW=1 runs a larger grid of shapes.
 """
 
+import gc
 import importlib
 import itertools
 import os
@@ -119,6 +120,44 @@ def test_blocks_are_a_permutation(dtype, n, k):
     assert blocks.shape == (-(-n // 64), -(-k * size // 128), 4096 + (512 if size == 2 else 1024))
     values, meta = host.from_blocks(blocks, n, k, dtype)
     assert torch.equal(values.view(torch.uint8), weight.values.view(torch.uint8)) and torch.equal(meta, weight.meta)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_are_made_and_checked_once(compiled, monkeypatch):
+    """By eager calls and compiled ones, until a tensor changes; the launch is a product with the blocks."""
+    made, to_blocks = [], host.to_blocks
+
+    def product(x, blocks, weight, bias):
+        dense = unpack24(*host.from_blocks(blocks, *weight.shape, weight.values.dtype))
+        return torch.nn.functional.linear(x, dense, bias)
+
+    monkeypatch.setattr(host, "to_blocks", lambda values, meta: made.append(1) or to_blocks(values, meta))
+    monkeypatch.setattr(host, "run", product)
+    monkeypatch.setattr(op, "_forward", lambda x, weight, bias, backend: op._cuda_run(x, weight, bias))
+    _, weight, _ = random_case(BF16, 1, 40, 64)
+    values, meta, x = weight.values, weight.meta, torch.randn(3, 64, dtype=BF16)
+
+    def call(x):
+        return linear24(x + 0, values, meta) * 1
+
+    run = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    for _ in range(3):
+        assert torch.equal(run(x), x @ unpack24(values, meta).T)
+    assert len(made) == 1
+    values.neg_()
+    assert torch.equal(run(x), x @ unpack24(values, meta).T) and len(made) == 2
+    meta[0, 0] = 0xFF
+    with pytest.raises(InputError, match="corrupt"):
+        run(x)
+
+
+def test_blocks_go_with_their_weight():
+    _, weight, _ = random_case(BF16, 1, 40, 64)
+    host.blocks_of(weight.values, weight.meta, lambda: None)
+    before = len(host._BLOCKS)
+    del weight
+    gc.collect()
+    assert len(host._BLOCKS) == before - 1
 
 
 def test_every_kernel_is_planned_by_some_case():

@@ -1,16 +1,19 @@
 """The CUDA side of linear24: the order of W on the device, the choice of kernel, and the launch.
 
-The kernels (csrc/cuda/linear24.cuh) read W as one uint8 tensor of blocks, [row blocks][column blocks][block], each
+The kernels (csrc/cuda/linear24*.cuh) read W as one uint8 tensor of blocks, [row blocks][column blocks][block], each
 64 rows x 128 bytes of a token: 64 columns of 16-bit values (4608 bytes a block) or 128 of int8 (5120). `to_blocks`
 and `from_blocks` are permutations of the plain tensors, and the padding that they add and remove.
 """
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from persona_pruner.ops import _native
 
@@ -41,6 +44,25 @@ def to_blocks(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
         m = meta.view(torch.int32).view(nb, 4, 2, 8, kb, 2, 2).permute(0, 4, 5, 3, 6, 2, 1)
     as_bytes = [t.contiguous().view(torch.uint8).view(nb, kb, -1) for t in (v, m)]
     return torch.cat(as_bytes, dim=2)
+
+
+# values -> (a weak reference to the meta, the versions of both, their blocks): a compiled call has no object of its own
+# to keep them in, and the layout must not outlive the weight.
+_BLOCKS = WeakTensorKeyDictionary()
+
+
+def blocks_of(values: torch.Tensor, meta: torch.Tensor, check: Callable[[], None]) -> torch.Tensor:
+    """`to_blocks`, after `check`, once for these tensors until one of them is changed in place.
+
+    Inference tensors have no version: what is written into them later goes unnoticed.
+    """
+    versions = [None if t.is_inference() else t._version for t in (values, meta)]
+    of, made, blocks = _BLOCKS.get(values, (lambda: None, None, None))
+    if of() is not meta or made != versions:
+        check()
+        blocks = to_blocks(values, meta)
+        _BLOCKS[values] = weakref.ref(meta), versions, blocks
+    return blocks
 
 
 def from_blocks(blocks: torch.Tensor, rows: int, cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,15 +31,11 @@ MAX_INT8_COLS = 131072  # K/2 products of 255 * 128 stay below 2^31
 
 @dataclass
 class Packed24:
-    """A packed weight [N, K] as linear24 reads it: the plain tensors, and a layout of its own where a device wants one.
-
-    The CPU kernels read the plain order. `layout` belongs to the CUDA backend, which makes it once.
-    """
+    """A packed weight [N, K] as linear24 reads it. The CUDA backend makes an order of its own, once for the tensors."""
 
     values: torch.Tensor
     meta: torch.Tensor
     scales: torch.Tensor | None = None
-    layout: object = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,10 +43,7 @@ class Packed24:
 
 
 def pack_linear24(values: torch.Tensor, meta: torch.Tensor, scales: torch.Tensor | None = None) -> Packed24:
-    """A handle that linear24 takes in place of `values` (with meta None), so that a device layout is made only once.
-
-    Refuses corrupt metadata. On the CPU the handle is only a name for the tensors.
-    """
+    """A handle that linear24 takes in place of `values` (with meta None). Refuses corrupt metadata."""
     check24(values, meta, scales)
     return Packed24(values, meta, scales)
 
@@ -331,11 +324,11 @@ def _refuses(x, weight, bias):
 
 
 def _cuda_run(x, weight, bias):
-    if weight.layout is None:
-        # the instructions are undefined on corrupt metadata
-        check24(weight.values, weight.meta, weight.scales)
-        weight.layout = _linear24_cuda.to_blocks(weight.values, weight.meta)
-    return _linear24_cuda.run(x, weight.layout, weight, bias)
+    # the instructions are undefined on corrupt metadata
+    blocks = _linear24_cuda.blocks_of(
+        weight.values, weight.meta, lambda: check24(weight.values, weight.meta, weight.scales)
+    )
+    return _linear24_cuda.run(x, blocks, weight, bias)
 
 
 def _triton_run(x, weight, bias):
