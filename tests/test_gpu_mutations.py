@@ -1,4 +1,4 @@
-"""The tests of the CUDA kernels can fail: each of these mistakes in linear24.cuh is caught, and how.
+"""The tests of the CUDA kernels can fail: each of these mistakes in linear24*.cuh is caught, and how.
 
 PERSONA_PRUNER_SLOW=1 runs them all; the default run takes one, for each compiles the kernel anew.
 """
@@ -71,14 +71,16 @@ CHEAP = ("no wait in prefill",)
 
 @functools.cache
 def compile_mutant(text, replacement):
-    source = (gpusim.ROOT / "csrc" / "cuda" / "linear24.cuh").read_text()
-    assert source.count(text) == 1, f"the kernel no longer has {text!r} exactly once"
+    files = (gpusim.ROOT / "csrc" / "cuda").glob("linear24*.cuh")
+    sources = {path.name: source for path in files if text in (source := path.read_text())}
+    assert [s.count(text) for s in sources.values()] == [1], f"the kernel no longer has {text!r} exactly once"
+    [(name, source)] = sources.items()
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "cuda"
         target.mkdir()
         for path in (gpusim.ROOT / "csrc" / "cuda").iterdir():
             (target / path.name).write_bytes(path.read_bytes())
-        (target / "linear24.cuh").write_text(source.replace(text, replacement))
+        (target / name).write_text(source.replace(text, replacement))
         gpusim.nvcc(target / "linear24.cu", Path(folder) / "out.ptx", "80", f"-I{folder}", "-lineinfo", "-ptx")
         return Module((Path(folder) / "out.ptx").read_text())
 

@@ -1,5 +1,6 @@
 // Launches of linear24 for Python. Every kernel has a plain name, for profilers and for the tests, which run its PTX.
-#include "cuda/linear24.cuh"
+#include "cuda/linear24_decode.cuh"
+#include "cuda/linear24_prefill.cuh"
 
 #include <tuple>
 
