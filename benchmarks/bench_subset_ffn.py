@@ -59,7 +59,7 @@ def measure(kind, rows, size, budget):
         if not (got - want).norm() <= 1e-5 * want.norm():
             raise SystemExit(f"subset_ffn, {name}: wrong result; nothing is timed")
         copies = max(2, math.ceil(size / sum(w.nbytes for w in dense)))
-        memory = [[arena.copy(w) for w in source] for _ in range(copies)]
+        memory = [arena.copy(torch.stack(source, 1)).unbind(1) for _ in range(copies)]
         calls[name] = [
             lambda w=w, own=own, channels=channels, segments=segments: call(x, w, own, channels, segments)
             for w in memory

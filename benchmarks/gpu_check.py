@@ -213,6 +213,51 @@ def select24_simulated(short):
     return rows
 
 
+def subset_ffn_triton(kernels):
+    """A decode step of SmolLM2's shape and one with many rows."""
+    width, hidden = 1536, 576
+    for kind, x_type in ((torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16),
+                         (torch.float16, torch.float16), (torch.float32, torch.float32),
+                         (torch.int8, torch.float32), (torch.int8, torch.bfloat16)):  # fmt: skip
+        weights = torch.empty(width, 3, hidden, dtype=kind).unbind(1)
+        scales = [torch.empty(width) if kind == torch.int8 else None] * 3
+        channels = torch.empty(width // 2, dtype=torch.int32)
+        for rows in (1, 64):
+            limit = kernels.rows_of(rows)
+            tiles = torch.empty(-(-rows // limit), 4, dtype=torch.int32)
+            x, h = torch.empty(rows, hidden, dtype=x_type), torch.empty(rows, width // 2, dtype=x_type)
+            partial = torch.empty(4, rows, hidden)
+            kernels.subset_ffn(x, weights, scales, (None, None), channels, tiles, h, partial, False, limit)
+            yield f"{str(kind)[6:]} x {str(x_type)[6:]} rows {rows}"
+
+
+def subset_ffn_simulated(short):
+    """Decode of one row on half the channels, of weights whose rows lie together."""
+    op, found = importlib.import_module("persona_pruner.ops.subset_ffn"), []
+    kernels = _native.triton_kernels("subset_ffn")
+    width, hidden = 256, 192
+    for kind in (torch.bfloat16,) if short else (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+        size, scales = width * hidden, (torch.rand(width),) * 3 if kind == torch.int8 else (None,) * 3
+        weights = torch.randint(-5, 5, (width, 3, hidden)).to(kind).unbind(1)
+        channels = torch.randperm(width)[: width // 2].sort().values.int()
+        simulated = {name: gpusim.SimJit(getattr(kernels, name), traffic=True) for name in ("_hidden", "_down")}
+        before = {name: getattr(kernels, name) for name in simulated}
+        try:
+            vars(kernels).update(simulated)
+            segments = torch.tensor([[1, 0, len(channels)]])
+            x = torch.randn(1, hidden)
+            op._triton_run(x, weights, channels, segments, "silu", scales, (None,) * 3, None, 0.0, None)
+        finally:
+            vars(kernels).update(before)
+        lists = 4 * len(channels) + 16
+        for (name, jit), matrices in zip(simulated.items(), (2, 1), strict=True):
+            least = matrices * size // 2 * kind.itemsize + lists + 4 * (hidden + len(channels))
+            least += 0 if scales[0] is None or name == "_down" else 12 * len(channels)
+            least += 0 if name == "_hidden" else 4 * hidden
+            found.append(traffic_row(f"decode {str(kind)[6:]}", f"triton {name}", jit.stats[0].traffic, least))
+    return found
+
+
 OPS = {
     "linear24": Op(
         needs={
@@ -225,6 +270,9 @@ OPS = {
         simulated=linear24_simulated,
     ),
     "select24": Op(triton=select24_triton, simulated=select24_simulated),
+    "subset_ffn": Op(
+        needs={"x (bfloat16|float16) rows": "mma"}, triton=subset_ffn_triton, simulated=subset_ffn_simulated
+    ),
 }
 
 

@@ -154,6 +154,14 @@ def specialise(fn, args, constants):
     return signature, constants, attributes, kept
 
 
+def whole(arg):
+    """A tensor with gaps as the simulator takes it: the bytes of its storage, and where in them it begins."""
+    if not isinstance(arg, torch.Tensor) or arg.is_contiguous():
+        return arg
+    storage = torch.empty(0, dtype=torch.uint8).set_(arg.untyped_storage())
+    return storage.numpy(), arg.storage_offset() * arg.itemsize
+
+
 class SimJit:
     """`SimJit(fn)[grid](...)` for a @triton.jit function `fn`; `checks` as for SimModule."""
 
@@ -167,7 +175,7 @@ class SimJit:
         signature, constants, attributes, kept = specialise(self.fn, args, constants)
         options = {"attrs": attributes, "num_warps": num_warps, "num_stages": num_stages}
         kernel = compile_triton(self.fn, signature, constants, 80, **options)
-        self.stats.append(kernel.launch(grid, kept, **self.checks))
+        self.stats.append(kernel.launch(grid, [whole(arg) for arg in kept], **self.checks))
 
 
 @contextmanager

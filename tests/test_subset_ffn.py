@@ -72,6 +72,17 @@ def test_a_row_depends_on_itself_only(kind):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_whose_rows_lie_apart(kind):
+    weights, scales, _, channels, segments, extra = ffn_case(130, 50, [1, 9], kind, True)
+    x = draw(10, 50)
+    want = ops.subset_ffn(x, *weights, channels, segments, scales=scales, **extra)
+    together = torch.stack(weights, 1).unbind(1)
+    apart = [torch.stack([w] * (2 + i), 2)[..., 0] for i, w in enumerate(weights)]
+    for views in (together, apart, (weights[0], *together[1:])):
+        assert torch.equal(ops.subset_ffn(x, *views, channels, segments, scales=scales, **extra), want)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nan_stays_in_its_row_and_dropped_channels_are_not_read(backend):
     weights, _, _, _, _, _ = ffn_case(64, 32, [1], torch.float32, False)

@@ -25,7 +25,7 @@ template <class T>
 struct Ffn {
   const T *gate, *up, *down;
   const float *gate_scale, *up_scale, *down_scale, *gate_bias, *up_bias;
-  int64_t hidden, stride;  // stride: padded(hidden)
+  int64_t hidden, pitch, stride;  // pitch: from a channel's weights to the next one's; stride: padded(hidden)
   bool gelu;
 };
 
@@ -44,8 +44,8 @@ void hidden_tile(const Ffn<T>& f, const int32_t* channel, const int32_t* next, i
       constexpr int R = decltype(r_of)::value;
       const T *row[R], *ahead[R];
       for (int r = 0; r < R; ++r) {
-        row[r] = w + channel[c + r] * f.hidden;
-        if (next) ahead[r] = w + next[c + r] * f.hidden;
+        row[r] = w + channel[c + r] * f.pitch;
+        if (next) ahead[r] = w + next[c + r] * f.pitch;
       }
       dot_tile<T, R, M>(row, next ? ahead : nullptr, x, f.stride, f.hidden, out + c * M);
     });
@@ -71,7 +71,7 @@ void hidden_tile(const Ffn<T>& f, const int32_t* channel, const int32_t* next, i
 template <class T, int M>
 void down_tile(const Ffn<T>& f, const int32_t* channel, const int32_t* next, int count, const float* h, float* y) {
   const T* row[kGroup];
-  for (int c = 0; c < count; ++c) row[c] = f.down + channel[c] * f.hidden;
+  for (int c = 0; c < count; ++c) row[c] = f.down + channel[c] * f.pitch;
   const auto step = [&](int64_t i, auto load_weights) {
     VecF sum[M];
 #pragma GCC unroll 8
@@ -87,7 +87,7 @@ void down_tile(const Ffn<T>& f, const int32_t* channel, const int32_t* next, int
   int64_t i = 0;
   for (; i + kLanes <= f.hidden; i += kLanes) {
     if (next && i % (64 / sizeof(T)) == 0) {
-      for (int c = 0; c < count; ++c) __builtin_prefetch(f.down + next[c] * f.hidden + i);
+      for (int c = 0; c < count; ++c) __builtin_prefetch(f.down + next[c] * f.pitch + i);
     }
     step(i, [](const T* p) { return load(p); });
   }
@@ -112,15 +112,15 @@ void channels_into(const Ffn<T>& f, const int32_t* channel, int64_t count, int64
 }
 
 template <class T>
-void subset_ffn(std::uintptr_t x_, int64_t tokens, int64_t hidden, std::uintptr_t gate, std::uintptr_t up,
-                std::uintptr_t down, std::uintptr_t gate_scale, std::uintptr_t up_scale, std::uintptr_t down_scale,
-                std::uintptr_t gate_bias, std::uintptr_t up_bias, std::uintptr_t down_bias, std::uintptr_t norm,
-                int64_t eps, std::uintptr_t residual, std::uintptr_t y, std::uintptr_t channels_,
+void subset_ffn(std::uintptr_t x_, int64_t tokens, int64_t hidden, int64_t pitch, std::uintptr_t gate,
+                std::uintptr_t up, std::uintptr_t down, std::uintptr_t gate_scale, std::uintptr_t up_scale,
+                std::uintptr_t down_scale, std::uintptr_t gate_bias, std::uintptr_t up_bias, std::uintptr_t down_bias,
+                std::uintptr_t norm, int64_t eps, std::uintptr_t residual, std::uintptr_t y, std::uintptr_t channels_,
                 std::uintptr_t segments_, int64_t segment_count, int64_t width, int gelu, int threads) {
   const Ffn<T> f{pointer<const T>(gate),         pointer<const T>(up),           pointer<const T>(down),
                  pointer<const float>(gate_scale), pointer<const float>(up_scale), pointer<const float>(down_scale),
                  pointer<const float>(gate_bias),  pointer<const float>(up_bias),  hidden,
-                 padded(hidden),                   gelu != 0};
+                 pitch,                            padded(hidden),                 gelu != 0};
   const auto* channels = pointer<const int32_t>(channels_);
   const auto* segments = pointer<const Segment>(segments_);
   const float *x = pointer<const float>(x_), *bias = pointer<const float>(down_bias);

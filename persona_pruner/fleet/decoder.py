@@ -5,7 +5,7 @@ ops: norm_linear (norm, q, k and v in one matrix), paged_attention_ (rotary embe
 (output projection, residual) and subset_ffn (norm, FFN, residual).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ class Matrix:
     bias: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: list[nn.Module], dtype: torch.dtype, arena: Arena, transposed: bool = False) -> "Matrix":
-        """The weights of linear layers (or an embedding) under each other, in the arena."""
+    def of(cls, parts: list[nn.Module], dtype: torch.dtype, transposed: bool = False) -> "Matrix":
+        """The weights of linear layers (or an embedding) under each other."""
         weight = torch.cat([p.weight.detach() for p in parts])
         weight = weight.T if transposed else weight
         biases = [getattr(p, "bias", None) for p in parts]
@@ -39,9 +39,12 @@ class Matrix:
             bias = torch.cat([weight.new_zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])
             bias = bias.detach().float()
         if dtype != torch.int8:
-            return cls(arena.copy(weight.to(dtype)), None, bias)
-        values, scales = ops.quantize24(weight)
-        return cls(arena.copy(values), scales, bias)
+            return cls(weight.to(dtype), None, bias)
+        return cls(*ops.quantize24(weight), bias)
+
+    def kept(self, arena: Arena) -> "Matrix":
+        """The same with its weight in the arena."""
+        return replace(self, weight=arena.copy(self.weight))
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 [n, K]: some rows of it."""
@@ -118,8 +121,8 @@ class Decoder:
         arena = Arena(self.device)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         self.embedding_scale = float(embedding.embed_scale.to(embedding.weight.dtype)) if self._gemma else 1.0
-        self.embedding = Matrix.of([embedding], dtype, arena)
-        self.output = self.embedding if head.weight is embedding.weight else Matrix.of([head], dtype, arena)
+        self.embedding = Matrix.of([embedding], dtype).kept(arena)
+        self.output = self.embedding if head.weight is embedding.weight else Matrix.of([head], dtype).kept(arena)
         self.final_norm = self._norm(decoder.norm)
         kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * len(layers))
         self._rotary_kinds = sorted(set(kinds)) if self._gemma else [None]
@@ -139,15 +142,16 @@ class Decoder:
     def _layer(self, layer: nn.Module, rotary: int, arena: Arena) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         qk = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        down = Matrix.of([mlp.down_proj], self.dtype, arena, transposed=True)
+        ffn = [Matrix.of([p], self.dtype) for p in (mlp.gate_proj, mlp.up_proj)]
+        ffn.append(Matrix.of([mlp.down_proj], self.dtype, transposed=True))
+        # The three rows of a channel next to each other, as subset_ffn likes them.
+        rows = arena.copy(torch.stack([m.weight for m in ffn], 1)).unbind(1)
         ffn_norm = layer.pre_feedforward_layernorm if self._gemma else layer.post_attention_layernorm
         after = (layer.post_attention_layernorm, layer.post_feedforward_layernorm) if self._gemma else ()
         return Layer(
-            Matrix.of([attention.q_proj, attention.k_proj, attention.v_proj], self.dtype, arena),
-            Matrix.of([attention.o_proj], self.dtype, arena),
-            Matrix.of([mlp.gate_proj], self.dtype, arena),
-            Matrix.of([mlp.up_proj], self.dtype, arena),
-            down,
+            Matrix.of([attention.q_proj, attention.k_proj, attention.v_proj], self.dtype).kept(arena),
+            Matrix.of([attention.o_proj], self.dtype).kept(arena),
+            *(replace(m, weight=weight) for m, weight in zip(ffn, rows, strict=True)),
             self._norm(layer.input_layernorm),
             self._norm(ffn_norm),
             *(None if norm is None else self._norm(norm) for norm in qk),

@@ -9,11 +9,13 @@ weights have one float32 scale a row.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from persona_pruner.errors import InputError
+from persona_pruner.ops import _native
 from persona_pruner.ops._dispatch import Backend, Op
 from persona_pruner.ops.importance import ACTS, activation
 from persona_pruner.ops.norm_linear import (
@@ -52,8 +54,11 @@ def subset_ffn(
     channels[first : first + count], ascending. None: all rows use all of `channels`; channels None: all channels.
     x: float32, or the weights' float dtype; y has its dtype. scales: float32 [C] three times, with int8 weights.
     biases: float32 (gate [C], up [C], down [H]), each may be None; norm float32 [H]; residual like x. act: 'silu',
-    'gelu_tanh'. No gradients. `backend`: 'cpu', 'reference', or None for the best one. Raises InputError
+    'gelu_tanh'. No gradients. `backend`: 'cpu', 'triton', 'reference', or None for the best one. Raises InputError
     naming the limit.
+
+    Weights may be views whose rows lie apart, all three alike, as those of one [C, 3, H]: there a channel is one
+    stretch of memory, which reads faster (docs/fleet.md).
     """
     weights, scales, biases = [w_gate, w_up, w_down_t], list(scales), list(biases)
     _check(x, weights, act, scales, biases, norm, residual)
@@ -143,7 +148,8 @@ def reference(x, weights, channels, segments, act, scales, biases, norm, eps, re
 
 def _cpu_run(x, weights, channels, segments, act, scales, biases, norm, eps, residual):
     kind, wide = x.dtype, x.float().contiguous()
-    weights = [w.contiguous() for w in weights]
+    if weights[0].stride(1) != 1 or len({w.stride() for w in weights}) > 1:
+        weights = [w.contiguous() for w in weights]
     rest = (*scales, *biases, norm)
     *rest, residual = (None if t is None else t.contiguous() for t in (*rest, residual))
     residual = None if residual is None else residual.float()
@@ -151,15 +157,64 @@ def _cpu_run(x, weights, channels, segments, act, scales, biases, norm, eps, res
     y = torch.empty_like(wide)
     if y.numel():
         cpu_kernel("subset_ffn", weights[0].dtype)(
-            wide.data_ptr(), *wide.shape, *map(Tensor.data_ptr, weights), *map(address, rest), bits(eps),
-            address(residual), y.data_ptr(), channels.data_ptr(), segments.data_ptr(), len(segments),
+            wide.data_ptr(), *wide.shape, weights[0].stride(0), *map(Tensor.data_ptr, weights), *map(address, rest),
+            bits(eps), address(residual), y.data_ptr(), channels.data_ptr(), segments.data_ptr(), len(segments),
             weights[0].shape[0], act == "gelu_tanh", torch.get_num_threads(),
         )  # fmt: skip
     return y.to(kind)
+
+
+def _triton_run(x, weights, channels, segments, act, scales, biases, norm, eps, residual):
+    """RMSNorm, bias and residual are PyTorch's; the kernels see rows of at most one tile of one segment."""
+    kernels = _native.triton_kernels("subset_ffn")
+    n = x.contiguous() if norm is None else rms_norm(x.float(), norm, eps).to(x.dtype)
+    if weights[0].stride(1) != 1 or len({w.stride() for w in weights}) > 1:
+        weights = [w.contiguous() for w in weights]
+    rows = kernels.rows_of(max((r for r, _, _ in segments.tolist()), default=0))
+    tiles, width = _tiles(segments, rows), int(segments[:, 2].max()) if len(segments) else 0
+    y = n.new_zeros(n.shape, dtype=torch.float32)
+    if n.numel() and width:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+        parts = kernels.splits(len(tiles), n.shape[1], width, processors)
+        h, partial = n.new_empty(len(n), width), y.new_empty(parts, *n.shape)
+        scales, biases = ([None if t is None else t.contiguous() for t in ts] for ts in (scales, biases))
+        tiles = tiles.to(x.device)
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            kernels.subset_ffn(
+                n, weights, scales, biases[:2], channels.contiguous(), tiles, h, partial, act == "gelu_tanh", rows
+            )
+        y = partial.sum(0)
+    for term in (biases[2], residual):
+        if term is not None:
+            y += term
+    return y.to(x.dtype)
+
+
+def _tiles(segments, rows):
+    """int32 [P, 4]: the segments cut into pieces of at most `rows` rows, as (row, rows, first, count)."""
+    tiles, begin = [], 0
+    for length, first, count in segments.tolist():
+        tiles += [(begin + at, min(rows, length - at), first, count) for at in range(0, length, rows)]
+        begin += length
+    return torch.tensor(tiles, dtype=torch.int32).view(-1, 4)
+
+
+def _triton_unavailable(device_type):
+    if device_type != "cuda" and not _native.interpreting():
+        return "it takes GPU tensors (TRITON_INTERPRET=1 interprets it on CPU tensors)"
+    module = _native.triton_kernels("subset_ffn")
+    return module if isinstance(module, str) else None
 
 
 def _refuses(x, *rest):
     return f"it has no kernel for x of {x.dtype}" if x.dtype == torch.float64 else None
 
 
-OP = Op("subset_ffn", [Backend("cpu", _cpu_run, cpu_unavailable, _refuses), Backend("reference", reference)])
+OP = Op(
+    "subset_ffn",
+    [
+        Backend("cpu", _cpu_run, cpu_unavailable, _refuses),
+        Backend("triton", _triton_run, _triton_unavailable, _refuses),
+        Backend("reference", reference),
+    ],
+)
