@@ -2,8 +2,9 @@
 
 Compiles every CUDA source with nvcc and the listed Triton kernels for every target, reads registers, spills and
 instructions from the machine code, and counts memory traffic by running the kernels in tests/ptxsim. Exits with 1 on a
-spill, a sparse kernel without sparse instructions, bank conflicts, or decode that moves over 1.05 times the least
-bytes. `--short` compiles for sm_80 only and runs fewer cases. Times are never reported: nothing here measures them.
+spill, a sparse kernel without sparse instructions, bank conflicts of a CUDA kernel, or decode that moves over 1.05
+times the least bytes. `--short` compiles for sm_80 only and runs fewer cases. Times are never reported: nothing here
+measures them.
 
 A new op's CUDA source is found by itself. OPS holds what cannot be found: instructions that kernels must have, Triton
 signatures, and cases for the simulator.
@@ -253,7 +254,6 @@ def subset_ffn_simulated(short):
         for (name, jit), matrices in zip(simulated.items(), (2, 1), strict=True):
             least = matrices * size // 2 * kind.itemsize + lists + 4 * (hidden + len(channels))
             least += 0 if scales[0] is None or name == "_down" else 12 * len(channels)
-            least += 0 if name == "_hidden" else 4 * hidden
             found.append(traffic_row(f"decode {str(kind)[6:]}", f"triton {name}", jit.stats[0].traffic, least))
     return found
 
@@ -289,9 +289,9 @@ def problems(code, traffic) -> list[str]:
             if re.search(pattern, row["kernel"]) and not row[column]:
                 found.append(f"{where}: no {column} instruction")
     for row in traffic:
-        if row["bank conflicts"] > 1.001:
+        if row["bank conflicts"] > 1.001 and not row["kernel"].startswith("triton"):  # Triton places its own data
             found.append(f"{row['kernel']}, {row['case']}: bank conflicts, {row['bank conflicts']:.2f}")
-        if "decode" in row["kernel"] and row["DRAM / least"] > DECODE_LIMIT:
+        if "decode" in row["kernel"] + row["case"] and row["DRAM / least"] > DECODE_LIMIT:
             found.append(f"{row['kernel']}, {row['case']}: {row['DRAM / least']:.3f} times the least bytes")
     return found
 

@@ -146,10 +146,16 @@ def reference(x, weights, channels, segments, act, scales, biases, norm, eps, re
     return (y if residual is None else y + residual.to(wide)).to(x.dtype)
 
 
+def _alike(weights):
+    """The weights with rows one pitch apart, the same for all three: as they are, or copies."""
+    if weights[0].stride(1) == 1 and len({w.stride() for w in weights}) == 1:
+        return weights
+    return [w.contiguous() for w in weights]
+
+
 def _cpu_run(x, weights, channels, segments, act, scales, biases, norm, eps, residual):
     kind, wide = x.dtype, x.float().contiguous()
-    if weights[0].stride(1) != 1 or len({w.stride() for w in weights}) > 1:
-        weights = [w.contiguous() for w in weights]
+    weights = _alike(weights)
     rest = (*scales, *biases, norm)
     *rest, residual = (None if t is None else t.contiguous() for t in (*rest, residual))
     residual = None if residual is None else residual.float()
@@ -168,8 +174,7 @@ def _triton_run(x, weights, channels, segments, act, scales, biases, norm, eps, 
     """RMSNorm, bias and residual are PyTorch's; the kernels see rows of at most one tile of one segment."""
     kernels = _native.triton_kernels("subset_ffn")
     n = x.contiguous() if norm is None else rms_norm(x.float(), norm, eps).to(x.dtype)
-    if weights[0].stride(1) != 1 or len({w.stride() for w in weights}) > 1:
-        weights = [w.contiguous() for w in weights]
+    weights = _alike(weights)
     rows = kernels.rows_of(max((r for r, _, _ in segments.tolist()), default=0))
     tiles, width = _tiles(segments, rows), int(segments[:, 2].max()) if len(segments) else 0
     y = n.new_zeros(n.shape, dtype=torch.float32)
