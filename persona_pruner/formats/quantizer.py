@@ -38,10 +38,12 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True
 
     def update_attn_implementation(self, config):
-        """The one hook that has the config before transformers looks for the weights: the plea has been heard."""
+        """A hook that has the config before transformers looks for the weights: the plea has been heard."""
         if getattr(config, "transformers_weights", None) == PLEA:
             del config.transformers_weights
         return config
+
+    update_tp_plan = update_attn_implementation  # transformers 5.15 to 5.17 has only this one
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
