@@ -2,10 +2,12 @@
 
 import importlib
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 
-import torch  # noqa: F401  loaded first, so that the modules bind to torch's libgomp and share its thread pool
+import torch  # loaded first, so that the modules bind to torch's libgomp and share its thread pool
 
 from persona_pruner.errors import InputError
 from persona_pruner.processor import cpu_flags
@@ -67,3 +69,25 @@ def triton_kernels(stem: str) -> ModuleType | str:
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, and so on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_unavailable(stem: str) -> Callable[[str], str | None]:
+    """For a Backend: why kernels/<stem>.py cannot run on tensors of a kind of device, or None."""
+
+    def unavailable(device_type: str) -> str | None:
+        if device_type != "cuda" and not interpreting():
+            return f"it runs on GPU tensors, not {device_type} (TRITON_INTERPRET=1 interprets it on a CPU)"
+        module = triton_kernels(stem)
+        return module if isinstance(module, str) else None
+
+    return unavailable
+
+
+def processors(tensor: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; a few for a CPU tensor, which is being interpreted or simulated."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager:
+    """A context in which kernels are launched on the tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -16,7 +16,6 @@ and for every number of threads.
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -93,11 +92,6 @@ def _scratch(rows: Tensor, sums: int) -> Tensor:
     return torch.empty(-(-rows.shape[0] // BLOCK), sums, rows.shape[1], dtype=torch.float32, device=rows.device)
 
 
-def _current(x: Tensor):
-    """A context in which the device of x is the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _module(x: Tensor):
     """The native module for x, and its last argument: a stream on a GPU, the number of threads on a CPU."""
     if x.is_cuda:
@@ -117,7 +111,7 @@ def _native_forward(gate, up, mask, act):
     g, u = _rows(gate), _rows(up)
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     module, last = _module(gate)
-    with _current(gate):
+    with _native.on_device(gate):
         module.masked_swiglu_forward(
             g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0), mask.data_ptr(), h.data_ptr(),
             *g.shape, DTYPES.index(gate.dtype), ACTS.index(act), last,
@@ -129,7 +123,7 @@ def _native_backward(dh, gate, up, mask, act, needs, taylor, fisher):
     d, g, u = _rows(dh), _rows(gate), _rows(up)
     d_gate, d_up, d_mask, partial = _outputs(gate, mask, needs, taylor, fisher)
     module, last = _module(gate)
-    with _current(gate):
+    with _native.on_device(gate):
         module.masked_swiglu_backward(
             d.data_ptr(), d.stride(0), g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0), mask.data_ptr(),
             _address(d_gate), _address(d_up), _address(partial), _address(d_mask), _address(taylor), _address(fisher),
@@ -142,7 +136,7 @@ def _native_sqnorm(x, acc):
     rows = _rows(x)
     partial = _scratch(rows, 1)
     module, last = _module(x)
-    with _current(x):
+    with _native.on_device(x):
         module.column_sqnorm(
             rows.data_ptr(), rows.stride(0), partial.data_ptr(), acc.data_ptr(),
             *rows.shape, DTYPES.index(x.dtype), last,
@@ -152,7 +146,7 @@ def _native_sqnorm(x, acc):
 def _triton_forward(gate, up, mask, act):
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if h.numel():
-        with _current(gate):
+        with _native.on_device(gate):
             _native.triton_kernels("importance").masked_swiglu_forward(
                 _rows(gate), _rows(up), mask, _rows(h), act == "gelu_tanh", BLOCK
             )
@@ -162,7 +156,7 @@ def _triton_forward(gate, up, mask, act):
 def _triton_backward(dh, gate, up, mask, act, needs, taylor, fisher):
     d_gate, d_up, d_mask, partial = _outputs(gate, mask, needs, taylor, fisher)
     if gate.numel():
-        with _current(gate):
+        with _native.on_device(gate):
             _native.triton_kernels("importance").masked_swiglu_backward(
                 _rows(dh), _rows(gate), _rows(up), mask, d_gate, d_up, d_mask, partial, taylor, fisher,
                 act == "gelu_tanh", BLOCK,
@@ -175,7 +169,7 @@ def _triton_backward(dh, gate, up, mask, act, needs, taylor, fisher):
 def _triton_sqnorm(x, acc):
     rows = _rows(x)
     if rows.numel():
-        with _current(x):
+        with _native.on_device(x):
             _native.triton_kernels("importance").column_sqnorm(rows, _scratch(rows, 1), acc, BLOCK)
 
 
@@ -193,11 +187,7 @@ def _cuda_unavailable(device_type: str) -> str | None:
     return module if isinstance(module, str) else None
 
 
-def _triton_unavailable(device_type: str) -> str | None:
-    if device_type != "cuda" and not _native.interpreting():
-        return f"it runs on GPU tensors, not {device_type} (TRITON_INTERPRET=1 interprets it on a CPU)"
-    module = _native.triton_kernels("importance")
-    return module if isinstance(module, str) else None
+_triton_unavailable = _native.triton_unavailable("importance")
 
 
 def _refuses_dtype(x: Tensor) -> str | None:

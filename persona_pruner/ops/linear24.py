@@ -14,7 +14,6 @@ and 'triton' lets the first of two equal positions stand.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -345,20 +344,13 @@ def _triton_run(x, weight, bias):
         values = values.clone()
     if meta.shape[1] % 4 or meta.data_ptr() % 4:
         meta = F.pad(meta, (0, -meta.shape[1] % 4)).clone()
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    processors = _native.processors(x)
     splits = kernels.splits(x.shape[0], rows, cols, x.element_size(), processors)
     kind = torch.float32 if sx is None else torch.int32
     partial = None if splits == 1 else x.new_empty(splits, x.shape[0], rows, dtype=kind)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with _native.on_device(x):
         kernels.linear24(x, values.view(pair), meta.view(torch.int32), bias, scales, sx, y, partial)
     return y
-
-
-def _triton_unavailable(device_type):
-    if device_type != "cuda" and not _native.interpreting():
-        return "it takes GPU tensors (TRITON_INTERPRET=1 interprets it on CPU tensors)"
-    module = _native.triton_kernels("linear24")
-    return module if isinstance(module, str) else None
 
 
 def _gpu_refuses(x, weight, bias):
@@ -376,7 +368,7 @@ OP = Op(
     [
         Backend("cpu", _cpu_run, _cpu_unavailable, _refuses),
         Backend("cuda", _cuda_run, _linear24_cuda.unavailable, _cuda_refuses),
-        Backend("triton", _triton_run, _triton_unavailable, _gpu_refuses),
+        Backend("triton", _triton_run, _native.triton_unavailable("linear24"), _gpu_refuses),
         Backend("reference", reference),
     ],
 )

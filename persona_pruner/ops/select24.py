@@ -9,8 +9,6 @@ meta   [N, ceil(K/8)] uint8: a nibble `idx0 | idx1 << 2` for each group, idx0 < 
 A weight or scale that is NaN, or a score that is (inf * 0), is refused: no order exists among such scores.
 """
 
-from contextlib import nullcontext
-
 import torch
 
 from persona_pruner.errors import InputError
@@ -104,7 +102,7 @@ def _gpu(select):
         meta = weight.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
         nan = weight.new_zeros(1, dtype=torch.int32)
         if values.numel():
-            with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
+            with _native.on_device(weight):
                 select(weight, NATIVE[weight.dtype], col_scale, values, meta, nan)
         if nan.item():
             raise nan_error()
@@ -146,13 +144,6 @@ def _cuda_unavailable(device_type):
     return module if isinstance(module, str) else None
 
 
-def _triton_unavailable(device_type):
-    if device_type != "cuda" and not _native.interpreting():
-        return "it takes GPU tensors (TRITON_INTERPRET=1 interprets it on CPU tensors)"
-    module = _native.triton_kernels("select24")
-    return module if isinstance(module, str) else None
-
-
 def _gpu_refuses(weight, col_scale):
     return "a tensor has 2^31 elements or more" if weight.numel() >= 2**31 else _refuses(weight, col_scale)
 
@@ -162,7 +153,7 @@ OP = Op(
     [
         Backend("cpu", _cpu_run, _cpu_unavailable, _refuses),
         Backend("cuda", _gpu(_cuda_select), _cuda_unavailable, _gpu_refuses),
-        Backend("triton", _gpu(_triton_select), _triton_unavailable, _gpu_refuses),
+        Backend("triton", _gpu(_triton_select), _native.triton_unavailable("select24"), _gpu_refuses),
         Backend("reference", reference),
     ],
 )

@@ -9,7 +9,6 @@ weights have one float32 scale a row.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -179,12 +178,12 @@ def _triton_run(x, weights, channels, segments, act, scales, biases, norm, eps, 
     tiles, width = _tiles(segments, rows), int(segments[:, 2].max()) if len(segments) else 0
     y = n.new_zeros(n.shape, dtype=torch.float32)
     if n.numel() and width:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+        processors = _native.processors(x)
         parts = kernels.splits(len(tiles), n.shape[1], width, processors)
         h, partial = n.new_empty(len(n), width), y.new_empty(parts, *n.shape)
         scales, biases = ([None if t is None else t.contiguous() for t in ts] for ts in (scales, biases))
         tiles = tiles.to(x.device)
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        with _native.on_device(x):
             kernels.subset_ffn(
                 n, weights, scales, biases[:2], channels.contiguous(), tiles, h, partial, act == "gelu_tanh", rows
             )
@@ -204,13 +203,6 @@ def _tiles(segments, rows):
     return torch.tensor(tiles, dtype=torch.int32).view(-1, 4)
 
 
-def _triton_unavailable(device_type):
-    if device_type != "cuda" and not _native.interpreting():
-        return "it takes GPU tensors (TRITON_INTERPRET=1 interprets it on CPU tensors)"
-    module = _native.triton_kernels("subset_ffn")
-    return module if isinstance(module, str) else None
-
-
 def _refuses(x, *rest):
     return f"it has no kernel for x of {x.dtype}" if x.dtype == torch.float64 else None
 
@@ -219,7 +211,7 @@ OP = Op(
     "subset_ffn",
     [
         Backend("cpu", _cpu_run, cpu_unavailable, _refuses),
-        Backend("triton", _triton_run, _triton_unavailable, _refuses),
+        Backend("triton", _triton_run, _native.triton_unavailable("subset_ffn"), _refuses),
         Backend("reference", reference),
     ],
 )
