@@ -234,11 +234,12 @@ def test_held_out_material_never_reaches_a_method(folder, tmp_path, monkeypatch)
     watch(comparing, "prune", lambda args: of_packs(args[1].packs))
     watch(own, "channel_scores", lambda args: of_packs(args[1].packs))
     watch(own, "repaired_down", lambda args: of_packs(args[1]))
+    watch(own, "refit_", lambda args: of_packs(args[2]))
     watch(own.ste, "search", lambda args: of_examples(args[1]))
     watch(own.recovery, "lora_", lambda args: of_examples(args[1]))
     watch(own.recovery, "distill_", lambda args: of_examples(args[1]))
     watch(own.two_four, "sparsegpt", lambda args: of_packs(args[0].packs))
-    result = go(tmp_path / "out", people, ["wanda,persona-recovered,persona-2:4,shared"])
+    result = go(tmp_path / "out", people, ["wanda,persona,persona-recovered,persona-2:4,shared"])
     tokenizer = tiny_tokenizer()
     assert len(seen) > 20
     held = json.loads((tmp_path / "out" / "stages" / "specific_a-0" / "held_out.json").read_text())["value"]

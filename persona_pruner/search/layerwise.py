@@ -72,12 +72,13 @@ def replace_weights_(
                 parts = weight.split([linear.out_features for linear in linears])
                 for linear, part in zip(linears, parts, strict=True):
                     linear.weight.copy_(part)
-            states = [_run(block, x, kwargs) for x, kwargs in zip(states, rest[number], strict=True)]
+            states = [run_block(block, x, kwargs) for x, kwargs in zip(states, rest[number], strict=True)]
         step(1)
     return model
 
 
-def _run(block: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
+    """What a decoder block makes of states [1, T, hidden], with its other arguments as `block_inputs` gives them."""
     out = block(x, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
@@ -101,7 +102,7 @@ def _grams(block: nn.Module, linears: list[nn.Linear], states, rest) -> list[tup
     hooks = [linear.register_forward_pre_hook(lambda module, args: add(module, args)) for linear in linears]
     try:
         for x, kwargs in zip(states, rest, strict=True):
-            _run(block, x, kwargs)
+            run_block(block, x, kwargs)
             seen.clear()
     finally:
         for hook in hooks:

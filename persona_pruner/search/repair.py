@@ -18,6 +18,11 @@ BUDGET = 4 << 30  # bytes of H at a time; more layers than fit take further pass
 PROMPT_WEIGHT = 0.02  # of a shared-prefix token: it stands in every pack, and answers are what must stay right
 
 
+def prompt_weights(batch: Pack) -> Tensor:
+    """float32 [T, 1]: how much each token of a pack counts."""
+    return torch.where(batch.segment == 0, PROMPT_WEIGHT, 1.0)[:, None]
+
+
 @torch.no_grad()
 def grams(
     model: nn.Module, packs: Sequence[Pack], layers: Sequence[int], step: Callable[[int], None] = lambda done: None
@@ -37,7 +42,7 @@ def grams(
     try:
         for batch in packs:
             batch = batch.to(device)
-            weight = torch.where(batch.segment == 0, PROMPT_WEIGHT, 1.0).sqrt()[:, None].to(model.dtype)
+            weight = prompt_weights(batch).sqrt().to(model.dtype)
             hidden_states(model, batch)
             step(1)
     finally:
@@ -46,15 +51,19 @@ def grams(
     return sums
 
 
+def ridge_solve(cross: Tensor, gram: Tensor, weight: Tensor, r: Tensor | float) -> Tensor:
+    """(cross + r W) (gram + r I)^-1, float32 [out, in]: least squares pulled towards `weight` [out, in]."""
+    square = gram + r * torch.eye(len(gram), device=gram.device)
+    return torch.cholesky_solve((cross + r * weight).T, torch.linalg.cholesky(square)).T
+
+
 def refit(weight: Tensor, gram: Tensor, mask: Tensor, ridge: float) -> Tensor:
     """W_down [out, C] refitted to the kept channels of `mask`; dropped columns are zero. float32."""
     kept = mask.nonzero()[:, 0]
     wide = weight.float()
     r = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    left = wide @ gram[:, kept] + r * wide[:, kept]
-    square = gram[kept][:, kept] + r * torch.eye(len(kept), device=gram.device)
     out = torch.zeros_like(wide)
-    out[:, kept] = torch.cholesky_solve(left.T, torch.linalg.cholesky(square)).T
+    out[:, kept] = ridge_solve(wide @ gram[:, kept], gram[kept][:, kept], wide[:, kept], r)
     return out
 
 

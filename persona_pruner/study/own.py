@@ -15,6 +15,7 @@ from persona_pruner.packing import Example, Pack, pack
 from persona_pruner.search import masks as choice
 from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
+from persona_pruner.search.refit import refit_
 from persona_pruner.search.repair import repaired_down
 from persona_pruner.search.scores import Context, channel_scores
 from persona_pruner.workspace import Workspace
@@ -133,8 +134,12 @@ def _balanced(search: Search, ratio: float) -> nn.Module:
     return search.repaired(choice.choose(search.balanced_scores(), ratio, "global"), balanced=True)
 
 
+def _refitted(search: Search, ratio: float) -> nn.Module:
+    return refit_(cut(search.model, search.masks(ratio, "global")), search.model, search.packs, search.config.ridge)
+
+
 def _recovered(search: Search, ratio: float) -> nn.Module:
-    model = wide(search, ratio)
+    model = _refitted(search, ratio)
     options = {"budget": search.config.budget, "seed": search.config.seed + 1}
     recovery.lora_(model, search.examples, search.teacher(), RECOVERY_STEPS, **options)
     return model
@@ -158,12 +163,13 @@ OWN: dict[str, tuple[Method, str]] = {
         _repaired("global", searched=False),
         "scores and repair without search, widths free: a control",
     ),
+    "persona-refit": (_refitted, "search, widths free, then W_o and W_down refitted block after block"),
     "persona-balanced": (_balanced, "persona-global-scores with neutral prose among the data of scores and repair"),
     "persona-slim-2:4": (
         lambda search, ratio: _two_four(search, sculpted(search, ratio)),
         "persona, then two of every four of its weights as in persona-2:4",
     ),
-    "persona-recovered": (_recovered, f"persona-global, then {RECOVERY_STEPS} steps of LoRA on KL, merged"),
+    "persona-recovered": (_recovered, f"persona-refit, then {RECOVERY_STEPS} steps of LoRA on KL, merged"),
 }
 OWN_24: dict[str, tuple[Method, str]] = {
     "persona-2:4": (
