@@ -14,7 +14,7 @@ from persona_pruner.search.refit import refit_
 from persona_pruner.search.repair import PROMPT_WEIGHT, repaired_down
 from persona_pruner.search.scores import Context, input_sqnorms
 from persona_pruner.study.own import cut
-from persona_pruner.testing import tiny_examples, tiny_model
+from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
 
 
 @pytest.fixture
@@ -120,7 +120,18 @@ def test_bfloat16(case):
     assert fidelity(slim, reference).kl < fidelity(cut(dense, masks), reference).kl
 
 
-def test_normed_streams_are_refused(case):
-    dense = tiny_model("gemma3")
-    with pytest.raises(InputError, match="block-by-block repair needs blocks that add"):
-        refit_(copy.deepcopy(dense), dense, case[2])
+def test_other_streams_are_refused(case):
+    scaled = tiny_model()
+    for block in models.decoder_layers(scaled):
+        block.register_forward_hook(lambda _, args, out: out * 0.5)
+    for dense in (tiny_model("gemma3"), scaled):
+        with pytest.raises(InputError, match="block-by-block repair needs blocks that add"):
+            refit_(copy.deepcopy(dense), dense, case[2])
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma3"}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_families(case, family, dtype):
+    dense = tiny_model(family, dtype=dtype)
+    slim = refit_(cut(dense, case[3]), dense, case[2])
+    assert slim.dtype == dtype and all(p.isfinite().all() for p in slim.parameters())

@@ -71,22 +71,34 @@ def refit_(
     """Refits W_o and W_down of `slim`, in place: `dense` without some of its FFN channels, weights untouched.
 
     Two passes of the slim model and one of the dense one, block by block; states of all tokens of `packs` are held
-    (five times [tokens, hidden]). `step` is told of every block. Raises InputError for models that norm what a block
-    writes into the stream (Gemma 2 and 3): the stream is not linear in these weights.
+    (five times [tokens, hidden]). `step` is told of every block. Raises InputError for models that norm or scale what a
+    block writes into the stream (Gemma 2 and 3, Granite): the targets would be wrong.
     """
     blocks, own_blocks = models.decoder_layers(dense), models.decoder_layers(slim)
-    if hasattr(blocks[0], "post_feedforward_layernorm"):
-        raise InputError("block-by-block repair needs blocks that add to the stream what W_o and W_down give")
     device = dense.get_input_embeddings().weight.device
     packs = [batch.to(device) for batch in packs]
     weights = [prompt_weights(batch) for batch in packs]
     states, rest = block_inputs(dense, packs)
     own = list(states)
     with prefix_attention(dense.get_decoder()), prefix_attention(slim.get_decoder()):
+        if packs and not _adds(blocks[0], states[0], rest[0][0]):
+            raise InputError("block-by-block repair needs blocks that add to the stream what W_o and W_down give")
         for number, (block, slim_block) in enumerate(zip(blocks, own_blocks, strict=True)):
             states, own = _refit_block_(block, slim_block, states, own, rest[number], weights, ridge, share)
             step(1)
     return slim
+
+
+def _adds(block: nn.Module, x: Tensor, kwargs: dict) -> bool:
+    """Whether the block gives x plus what o_proj and the MLP give, to the rounding of x's dtype."""
+    if not hasattr(block.self_attn, "o_proj"):
+        return False
+    taps = _Tap(block.self_attn.o_proj), _Tap(block.mlp)
+    out = run_block(block, x, kwargs)
+    for tap in taps:
+        tap.hook.remove()
+    off = (x + taps[0].gave + taps[1].gave - out).float().abs().max()
+    return bool(off <= 8 * torch.finfo(x.dtype).eps * out.float().abs().max())
 
 
 def _refit_block_(
