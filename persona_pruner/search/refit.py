@@ -23,7 +23,7 @@ from persona_pruner.prefix_attention import prefix_attention
 from persona_pruner.search.layerwise import block_inputs, run_block
 from persona_pruner.search.repair import prompt_weights, ridge_solve
 
-SHARE = 0.5  # held-out KL of the blacksmith at 25%, 187 answers: 0.222; 0.231 with 1; 0.255 by one-shot repair
+SHARE = 0.5  # blacksmith, 25%, 190 answers: held-out KL 0.221; one-shot repair 0.255; 1 gave 0.231 in a prototype
 
 
 class _Tap:
