@@ -61,9 +61,9 @@ class Generic:
         key = files.digest([self.root, self._neutral])
         return self._value("neutral", key, lambda: metrics.text_nll(self.model, self._neutral))
 
-    def neutral_nll_now(self) -> float:
-        """The same of the model as it is at the moment (under a mask, or with other weights); never stored."""
-        return metrics.text_nll(self.model, self._neutral)
+    def neutral_nll_of(self, model: nn.Module) -> float:
+        """The same of another model, or of the dense one under a mask; never stored."""
+        return metrics.text_nll(model, self._neutral)
 
     def baseline(self, name: str, ratio: float, seed: int) -> tuple[list[Tensor], float]:
         """The masks of a baseline on generic calibration text, equal widths, and its NLL on the neutral texts."""
@@ -79,7 +79,7 @@ class Generic:
 
         def nll() -> float:
             with masked(self.model, masks):
-                return self.neutral_nll_now()
+                return self.neutral_nll_of(self.model)
 
         return masks, self._value(f"neutral-{name}", files.digest([key, ratio, self._neutral]), nll)
 

@@ -10,6 +10,7 @@ on where it was. Held-out questions are fixed first and nothing that shares eigh
 
 import random
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,15 +24,15 @@ from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics, speed
 from persona_pruner.formats.packed import packed_copy, save_packed
 from persona_pruner.formats.persona_file import SUFFIX, PersonaFile
-from persona_pruner.formats.slim import save_slim, slim_copy
+from persona_pruner.formats.slim import save_slim
 from persona_pruner.generic import Generic
-from persona_pruner.nn import ffn_bytes, masked, replaced_down
+from persona_pruner.nn import ffn_bytes, masked, slim_copy
 from persona_pruner.packing import Example, pack
 from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import masks as choice
 from persona_pruner.search import ste
-from persona_pruner.search.repair import repaired_down
+from persona_pruner.search.repair import repair_
 from persona_pruner.search.scores import Context, channel_scores
 from persona_pruner.synthesis import answers as answering
 from persona_pruner.synthesis import bank
@@ -280,7 +281,8 @@ def _row(name: str, how: str, found: metrics.Fidelity, neutral: float, masks: li
 
 
 def _measure(run: _Run, reference: metrics.Reference, variants: list[tuple], slim: nn.Module, held_out: dict) -> dict:
-    """The numbers of the report: `variants` are (name, how, masks, repaired W_down or None), the product first."""
+    """The numbers of the report: `variants` are (name, how, masks, model: run.model for weights untouched), the product
+    first."""
     rows, generic = [], run.generic
     with run.progress.stage("numbers on held-out questions", len(variants) + len(BASELINES) + 1) as step:
         dense_neutral = generic.neutral_nll()
@@ -289,12 +291,11 @@ def _measure(run: _Run, reference: metrics.Reference, variants: list[tuple], sli
         for name in BASELINES if run.config.compare else ():
             masks, known[name] = generic.baseline(name, run.config.ratio, run.config.seed)
             how = "weights alone" if name == "magnitude" else "generic calibration"
-            variants.append((name, how, masks, None))
-        for name, how, masks, down in variants:
-            context = masked(run.model, masks) if down is None else replaced_down(run.model, down)
-            with context:
-                neutral = known[name] if name in known else generic.neutral_nll_now()
-                found = metrics.fidelity(run.model, reference)
+            variants.append((name, how, masks, run.model))
+        for name, how, masks, model in variants:
+            with masked(model, masks) if model is run.model else nullcontext():
+                neutral = known[name] if name in known else generic.neutral_nll_of(model)
+                found = metrics.fidelity(model, reference)
             rows.append(_row(name, how, found, neutral - dense_neutral, masks))
             step(1)
     baselines = [row for row in rows if row["name"] in BASELINES]
@@ -412,24 +413,21 @@ def sculpt(
         slim, _ = models.load_model(folder / kind, model.device, model.dtype)
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
-    other = "global" if config.scope == "layer" else "layer"
-    spread = choice.choose(scores, config.ratio, other)
-    repaired = [None, None]
+    slim = slim_copy(model, masks)
     if config.repair:
-        packs = pack(calibration, config.budget)
-        with progress.stage("least-squares repair", len(packs)) as step:
-            repaired = repaired_down(model, packs, [masks, spread], config.ridge, step)
-    slim = slim_copy(model, masks, repaired[0])
+        with progress.stage("repair, block by block", len(masks)) as step:
+            repair_(slim, model, pack(calibration, config.budget), config.ridge, step=step)
     if numbers:
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
     found = "scores, search" if config.steps else "scores"
-    variants = [("persona-pruner", f"{found}, repair" if config.repair else found, masks, repaired[0])]
+    other = "global" if config.scope == "layer" else "layer"
+    variants = [("persona-pruner", f"{found}, repair" if config.repair else found, masks, slim)]
     if config.repair:
-        variants.append(("persona-pruner, mask only", found, masks, None))
+        variants.append(("persona-pruner, mask only", found, masks, model))
     if config.compare:
-        fixed = "scores, repair" if config.repair else "scores"
-        variants.append((f"persona-pruner, {other} widths", fixed, spread, repaired[1]))
+        spread = choice.choose(scores, config.ratio, other)
+        variants.append((f"persona-pruner, {other} widths", "scores", spread, model))
     reference = metrics.dense_reference(model, run.examples(held_out["questions"], held_out["answers"]))
     numbers = _measure(run, reference, variants, slim, held_out)
     numbers["dialogue"] = _dialogue(run, slim, held_out["questions"][:3])

@@ -17,7 +17,7 @@ from torch import nn
 from persona_pruner import cli, models
 from persona_pruner.errors import InputError, RunError
 from persona_pruner.formats.packed import PLEA, bitmask24, is_packed, packed_copy, read_sparse, save_packed, unpack
-from persona_pruner.formats.slim import slim_copy
+from persona_pruner.nn import slim_copy
 from persona_pruner.nn.sparse import SparseLinear24, desparsify_, input_norms, packed_layers, sparsify_
 from persona_pruner.ops import unpack24
 from persona_pruner.packing import pack

@@ -231,7 +231,7 @@ def test_a_published_question_set_is_its_own_test():
 def test_interrupted_in_every_stage(base, tmp_path):
     """The result is that of a run in one go, and a stage that was finished is not computed again."""
     want, _, stages = base
-    folder, stored = tmp_path / "run", stages[: stages.index("least-squares repair")]
+    folder, stored = tmp_path / "run", stages[: stages.index("repair, block by block")]
     for name in stages:
         progress = Recorder(stop=name)
         with pytest.raises(KeyboardInterrupt):
@@ -323,7 +323,9 @@ def test_global_widths(tmp_path):
     assert not (folder / "slim").exists()  # that of the first run would be taken for this one's
     assert models.widths(pp.PersonaFile.load(folder).apply(tiny_model())) == widths
     again = sculpt(folder, scope="global", ratio=0.5, progress=(progress := Recorder()))
-    assert set(progress.stages) <= {"least-squares repair"} and again.metrics == json.loads(json.dumps(result.metrics))
+    assert set(progress.stages) <= {"repair, block by block"} and again.metrics == json.loads(
+        json.dumps(result.metrics)
+    )
     assert torch.equal(again.model(IDS).logits, result.model(IDS).logits)
 
 

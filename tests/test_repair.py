@@ -1,139 +1,163 @@
-"""Refitted W_down: against torch.linalg.lstsq, and what it does to the layers' outputs."""
+"""Block-by-block repair: its formula on the last block, what it does to held-out answers, and what it leaves alone."""
+
+import copy
 
 import pytest
 import torch
 
 from persona_pruner import models
+from persona_pruner.errors import InputError
+from persona_pruner.evaluation.metrics import dense_reference, fidelity
+from persona_pruner.nn import slim_copy
 from persona_pruner.packing import hidden_states, pack
-from persona_pruner.search import repair
-from persona_pruner.search.repair import PROMPT_WEIGHT, grams, refit, repaired_down
+from persona_pruner.search.masks import top_k_per_layer
+from persona_pruner.search.repair import PROMPT_WEIGHT, repair_, ridge_solve
+from persona_pruner.search.scores import Context, input_sqnorms
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
 
 
-def random_masks(model, share=0.6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(width, generator=generator) < share for width in models.widths(model)]
+@pytest.fixture
+def case():
+    dense, examples = tiny_model(), tiny_examples(60)
+    packs = pack(examples, 240)
+    masks = top_k_per_layer(input_sqnorms(Context(dense, packs)), 0.5)
+    return dense, examples, packs, masks
 
 
-def inputs_of(model, packs):
-    """What enters each down_proj [tokens, C] and the weight of each token, over all packs."""
-    inputs = [[] for _ in models.gated_mlps(model)]
+def seen(model, packs):
+    """Of the last block: what enters o_proj, the stream before the FFN, what enters the FFN and down_proj, and the
+    stream behind it, float64 [tokens, ...]."""
+    block = models.decoder_layers(model)[-1]
+    rows = {name: [] for name in ("a", "n", "h", "out", "ffn")}
+
+    def note(module, entered=None, gave=None):
+        def hook(_, args, out):
+            if entered:
+                rows[entered].append(args[0][0])
+            if gave:
+                rows[gave].append(out[0])
+
+        return module.register_forward_hook(hook)
+
     hooks = [
-        mlp.down_proj.register_forward_hook(lambda _, args, out, rows=rows: rows.append(args[0][0]))
-        for mlp, rows in zip(models.gated_mlps(model), inputs, strict=True)
+        note(block.self_attn.o_proj, "a"),
+        note(block.mlp, "n", "ffn"),
+        note(block.mlp.down_proj, "h"),
+        note(block, gave="out"),
     ]
-    for batch in packs:
-        hidden_states(model, batch)
+    with torch.no_grad():
+        for batch in packs:
+            hidden_states(model, batch)
     for hook in hooks:
         hook.remove()
-    weight = torch.cat([torch.where(batch.segment == 0, PROMPT_WEIGHT, 1.0) for batch in packs])
-    return [torch.cat(rows) for rows in inputs], weight
+    return {name: torch.cat(found).double() for name, found in rows.items()}
 
 
-@pytest.fixture
-def packs():
-    return pack(tiny_examples(60), budget=120)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_last_block_is_least_squares(case, share):
+    dense, _, packs, masks = case
+    slim = repair_(slim_copy(dense, masks), dense, packs, ridge=1e-3, share=share)
+    ours, theirs = seen(slim, packs), seen(dense, packs)
+    weight = torch.cat([torch.where(batch.segment == 0, PROMPT_WEIGHT, 1.0) for batch in packs]).double()[:, None]
+    block, slim_block = models.decoder_layers(dense)[-1], models.decoder_layers(slim)[-1]
 
+    def want(entered, target, start):
+        gram = entered.T @ (entered * weight)
+        r = 1e-3 * gram.diagonal().mean()
+        right = (target * weight).T @ entered + r * start.double()
+        return right @ torch.linalg.inv(gram + r * torch.eye(len(gram), dtype=torch.float64))
 
-def test_refit_without_ridge_is_least_squares():
-    generator = torch.Generator().manual_seed(0)
-    h, weight = torch.randn(500, 24, generator=generator), torch.randn(10, 24, generator=generator)
-    h = h @ torch.randn(24, 24, generator=generator)  # channels that can stand in for each other
-    mask = torch.rand(24, generator=generator) < 0.5
-    got = refit(weight, h.T @ h, mask, ridge=0.0)
-    want = torch.linalg.lstsq(h[:, mask].double(), (h @ weight.T).double()).solution.T
-    assert got.dtype == torch.float32 and (got[:, ~mask] == 0).all()
-    torch.testing.assert_close(got[:, mask].double(), want, rtol=1e-3, atol=1e-3)
-    assert (got[:, mask] - weight[:, mask]).abs().max() > 0.1
+    wide = block.self_attn.o_proj.weight.detach()
+    given = ours["a"] @ wide.double().T
+    before = (ours["out"] - ours["ffn"]) - ours["a"] @ slim_block.self_attn.o_proj.weight.detach().double().T
+    target = given + share * (theirs["out"] - theirs["ffn"] - before - given)
+    got = slim_block.self_attn.o_proj.weight.detach().double()
+    torch.testing.assert_close(got, want(ours["a"], target, wide), rtol=1e-3, atol=1e-3)
 
-
-def test_ridge_pulls_towards_the_weights():
-    generator = torch.Generator().manual_seed(0)
-    h, weight = torch.randn(500, 24, generator=generator), torch.randn(10, 24, generator=generator)
-    mask, ridge = torch.arange(24) % 2 == 0, 0.3
-    gram = h.T @ h
-    got = refit(weight, gram, mask, ridge)
-    # The same as least squares with sqrt(r) more rows that ask for the weights as they are.
-    root = (ridge * gram.diagonal().mean()).sqrt()
-    rows = torch.cat([h[:, mask], root * torch.eye(12)]).double()
-    asked = torch.cat([h @ weight.T, root * weight[:, mask].T]).double()
-    want = torch.linalg.lstsq(rows, asked).solution.T
-    torch.testing.assert_close(got[:, mask].double(), want, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(refit(weight, gram, mask, 1e6)[:, mask], weight[:, mask], rtol=1e-3, atol=1e-3)
-
-
-def test_refit_of_nothing_and_of_everything():
-    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([True, False, True, True, False, True])
-    silent = refit(weight, torch.zeros(6, 6), mask, 0.1)  # channels that never fired: weights stay
-    torch.testing.assert_close(silent, weight * mask)
-    gram = torch.eye(6) + 0.3
-    torch.testing.assert_close(refit(weight, gram, torch.ones(6, dtype=torch.bool), 0.1), weight)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_grams_are_weighted_sums_of_the_dense_inputs(family, packs):
-    model, told = tiny_model(family), []
-    got = grams(model, packs, [0, 2], told.append)
-    inputs, weight = inputs_of(model, packs)
-    assert set(got) == {0, 2} and sum(told) == len(packs)
-    for index, gram in got.items():
-        want = inputs[index].double().T @ (inputs[index].double() * weight[:, None])
-        torch.testing.assert_close(gram.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
-    assert not any(mlp.down_proj._forward_pre_hooks for mlp in models.gated_mlps(model))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_repair_lowers_every_layers_error(family, packs):
-    model = tiny_model(family)
-    masks = random_masks(model)
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    (downs,) = repaired_down(model, packs, [masks], ridge=0.01)
-    inputs, weight = inputs_of(model, packs)
-    for mlp, h, down, mask in zip(models.gated_mlps(model), inputs, downs, masks, strict=True):
-        assert (down[:, ~mask] == 0).all() and down.dtype == mlp.down_proj.weight.dtype
-        dense = mlp.down_proj.weight
-
-        def error(new, h=h, dense=dense):
-            return float((((h @ (new - dense).T) ** 2).sum(1) * weight).sum())
-
-        assert error(down) < 0.9 * error(dense * mask)
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-
-
-def test_several_masks_share_the_pass_and_layers_may_take_many(packs, monkeypatch):
-    model, told = tiny_model(), []
-    choices = [random_masks(model, seed=seed) for seed in (1, 2)]
-    both = repaired_down(model, packs, choices, step=told.append)
-    assert sum(told) == len(packs)
-    (second,) = repaired_down(model, packs, choices[1:])
-    assert all(torch.equal(a, b) for a, b in zip(both[1], second, strict=True))
-    monkeypatch.setattr(repair, "BUDGET", 4 * 64 * 64 + 1)  # one layer's H
-    told.clear()
-    again = repaired_down(model, packs, choices, step=told.append)
-    assert sum(told) == 3 * len(packs)
-    for one, other in zip(both, again, strict=True):
-        assert len(other) == 3 and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_low_precision(packs):
-    model = tiny_model(dtype=torch.bfloat16)
-    masks = random_masks(model)
-    (downs,) = repaired_down(model, packs, [masks])
-    (wide,) = repaired_down(tiny_model(), packs, [masks])
-    for down, oracle in zip(downs, wide, strict=True):
-        assert down.dtype == torch.bfloat16
-        assert (down.float() - oracle).norm() < 0.1 * oracle.norm()
-
-
-def test_float16_sums_do_not_overflow(packs):
-    model = tiny_model(dtype=torch.float16, mlp_bias=False)
     with torch.no_grad():
-        for mlp in models.gated_mlps(model):
-            mlp.up_proj.weight.mul_(256)
-            mlp.down_proj.weight.div_(256)
-    got = grams(model, packs, [0])[0]
-    inputs, weight = inputs_of(model, packs)
-    want = inputs[0].double().T @ (inputs[0].double() * weight[:, None])
-    assert want.abs().max() > 10 * torch.finfo(torch.float16).max
-    torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+        whole = block.mlp(ours["n"].float()).double()
+    target = whole + share * (theirs["out"] - (ours["out"] - ours["ffn"]) - whole) - block.mlp.down_proj.bias.double()
+    start = block.mlp.down_proj.weight.detach()[:, masks[-1]]
+    got = slim_block.mlp.down_proj.weight.detach().double()
+    torch.testing.assert_close(got, want(ours["h"], target, start), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nearer_to_dense_than_the_mask(case, family):
+    dense, (_, examples, packs, masks) = tiny_model(family), case
+    reference, told = dense_reference(dense, examples), []
+    slim = slim_copy(dense, masks)
+    before = fidelity(slim, reference).kl
+    repair_(slim, dense, packs, step=told.append)
+    assert fidelity(slim, reference).kl < 0.9 * before
+    assert sum(told) == len(models.decoder_layers(dense))
+
+
+def test_only_what_writes_into_the_stream_changes(case):
+    dense, _, packs, masks = case
+    before, start = copy.deepcopy(dense.state_dict()), slim_copy(dense, masks)
+    slim = repair_(copy.deepcopy(start), dense, packs)
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+    old = start.state_dict()
+    changed = {name for name, tensor in slim.state_dict().items() if not torch.equal(old[name], tensor)}
+    assert changed and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
+    assert not any(module._forward_hooks for model in (dense, slim) for module in model.modules())
+
+
+def test_nothing_removed_changes_nothing_much(case):
+    dense, _, packs, _ = case
+    slim = repair_(copy.deepcopy(dense), dense, packs)
+    for name, tensor in dense.state_dict().items():
+        torch.testing.assert_close(slim.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16(case):
+    dense, examples, packs, masks = case
+    dense = dense.to(torch.bfloat16)
+    slim = repair_(slim_copy(dense, masks), dense, packs)
+    assert slim.dtype == torch.bfloat16
+    reference = dense_reference(dense, examples)
+    assert fidelity(slim, reference).kl < fidelity(slim_copy(dense, masks), reference).kl
+
+
+def test_other_streams_have_no_share(case):
+    """Gemma norms what a block adds, Granite scales it: each block is mended alone, and a share is refused."""
+    scaled = tiny_model()
+    for block in models.decoder_layers(scaled):
+        block.register_forward_hook(lambda _, args, out: out * 0.5)
+    for dense in (tiny_model("gemma3"), scaled):
+        slim = slim_copy(dense, case[3])
+        got = repair_(copy.deepcopy(slim), dense, case[2]).state_dict()
+        want = repair_(copy.deepcopy(slim), dense, case[2], share=0.0).state_dict()
+        assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
+        with pytest.raises(InputError, match="needs blocks that add"):
+            repair_(slim, dense, case[2], share=0.5)
+
+
+def test_no_data_is_refused(case):
+    with pytest.raises(InputError, match="needs examples"):
+        repair_(slim_copy(case[0], case[3]), case[0], [])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_families(case, family, dtype):
+    dense = tiny_model(family, dtype=dtype)
+    slim = repair_(slim_copy(dense, case[3]), dense, case[2])
+    assert slim.dtype == dtype and all(p.isfinite().all() for p in slim.parameters())
+
+
+def test_ridge_solve_is_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    a, weight = torch.randn(500, 24, generator=generator), torch.randn(10, 24, generator=generator)
+    a = a @ torch.randn(24, 24, generator=generator)  # channels that can stand in for each other
+    y = torch.randn(500, 10, generator=generator)
+    want = torch.linalg.lstsq(a.double(), y.double()).solution.T
+    torch.testing.assert_close(ridge_solve(y.T @ a, a.T @ a, weight, 0.0).double(), want, rtol=1e-3, atol=1e-3)
+    # With ridge the same as least squares with sqrt(r) more rows that ask for the weights as they are.
+    root = (0.3 * (a.T @ a).diagonal().mean()).sqrt()
+    rows, asked = torch.cat([a, root * torch.eye(24)]), torch.cat([y, root * weight.T])
+    want = torch.linalg.lstsq(rows.double(), asked.double()).solution.T
+    torch.testing.assert_close(ridge_solve(y.T @ a, a.T @ a, weight, 0.3).double(), want, rtol=1e-4, atol=1e-4)
+    silent = torch.zeros(24, 24)  # channels that never fired: weights stay
+    torch.testing.assert_close(ridge_solve(torch.zeros(10, 24), silent, weight, 0.1), weight)

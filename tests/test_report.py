@@ -50,7 +50,7 @@ def numbers(name="Bram the blacksmith", compare=True, **settings) -> dict:
         rows.append(("persona-pruner, mask only", found, 0.5513, 0.5926, 0.9034, mine))
     if compare:
         widths = "global" if config.scope == "layer" else "layer"
-        rows.append((f"persona-pruner, {widths} widths", "scores, repair", 0.2718, 0.2909, 0.6441, other))
+        rows.append((f"persona-pruner, {widths} widths", "scores", 0.2718, 0.2909, 0.6441, other))
         rows.append(("magnitude", "weights alone", 3.8184, 4.1017, 3.9923, even))
         rows.append(("wanda", "generic calibration", 1.1541, 1.2988, 0.9127, even))
         rows.append(("taylor", "generic calibration", 1.3076, 1.5153, 1.1245, even))

@@ -11,7 +11,8 @@ from limits import files_up_to
 
 from persona_pruner import models
 from persona_pruner.errors import InputError, RunError
-from persona_pruner.formats.slim import save_slim, slim_copy
+from persona_pruner.formats.slim import save_slim
+from persona_pruner.nn import slim_copy
 from persona_pruner.testing import FAMILIES, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -62,15 +63,11 @@ def test_plain_transformers_loads_it(tmp_path):
         assert (tiny_model(family)(IDS).logits - want).abs().max() > 0.1
 
 
-def test_slim_copy_leaves_the_model_and_takes_repaired_weights():
-    model, masks = tiny_model(), equal_widths()
+def test_slim_copy_leaves_the_model_as_it_is():
+    model = tiny_model()
     before = model(IDS).logits
-    down = [torch.randn(32, 64, generator=torch.Generator().manual_seed(i)) * mask for i, mask in enumerate(masks)]
-    repaired = slim_copy(model, masks, down)
+    assert models.widths(slim_copy(model, equal_widths())) == [40] * 3
     assert torch.equal(model(IDS).logits, before) and models.widths(model) == [64] * 3
-    for mlp, weight, mask in zip(models.gated_mlps(repaired), down, masks, strict=True):
-        assert torch.equal(mlp.down_proj.weight, weight[:, mask])
-    assert models.widths(slim_copy(model, masks)) == [40] * 3
 
 
 def test_widths_that_differ_are_refused(tmp_path):

@@ -48,7 +48,7 @@ def sculpt(
         str, typer.Option("--format", help="slim: a plain checkpoint; packed: its linears 2:4 sparse as well.")
     ] = "slim",
     seed: int = 0,
-    repair: Annotated[bool, typer.Option(help="Refit W_down on the kept channels.")] = True,
+    repair: Annotated[bool, typer.Option(help="Refit W_o and W_down of the cut model, block by block.")] = True,
     compare: Annotated[bool, typer.Option(help="Measure baselines and speed as well.")] = True,
     questions: Annotated[
         list[str] | None, typer.Option(help="More questions: Alpaca, ShareGPT, a dataset; repeatable.")

@@ -1,25 +1,12 @@
 """The slim checkpoint: an ordinary Hugging Face folder with a smaller `intermediate_size`; it needs no plug-in."""
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from persona_pruner import files, models
 from persona_pruner.errors import InputError
-from persona_pruner.nn import slim_
-
-
-@torch.no_grad()
-def slim_copy(model: nn.Module, masks: Sequence[Tensor], down: Sequence[Tensor] | None = None) -> nn.Module:
-    """A copy of the model without the dropped channels; `down` are repaired W_down (full width) to use instead."""
-    copied = copy.deepcopy(model)
-    if down is not None:
-        for mlp, weight in zip(models.gated_mlps(copied), down, strict=True):
-            mlp.down_proj.weight.copy_(weight)
-    return slim_(copied, masks)
 
 
 def save_slim(

@@ -1,5 +1,6 @@
 """Gated MLPs under a channel mask, and gated MLPs with the dropped channels cut out."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
 
@@ -52,20 +53,6 @@ def masked(model: nn.Module, masks: Sequence[Tensor], taylor=None, fisher=None):
             layer.mlp = mlp
 
 
-@contextmanager
-def replaced_down(model: nn.Module, down: Sequence[Tensor]):
-    """Within the context every layer's W_down is the given weight; with zero columns it acts as a mask as well."""
-    projections = [mlp.down_proj for mlp in models.gated_mlps(model)]
-    dense = [projection.weight for projection in projections]
-    for projection, weight in zip(projections, down, strict=True):
-        projection.weight = nn.Parameter(weight, requires_grad=False)
-    try:
-        yield model
-    finally:
-        for projection, weight in zip(projections, dense, strict=True):
-            projection.weight = weight
-
-
 def _sliced(linear: nn.Linear, kept: Tensor, dim: int) -> nn.Linear:
     weight = linear.weight.index_select(dim, kept)
     new = nn.Linear(weight.shape[1], weight.shape[0], linear.bias is not None, device="meta")
@@ -101,6 +88,11 @@ def slim_(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
     if len(width) == 1:
         model.config.get_text_config().intermediate_size = width.pop()
     return model
+
+
+def slim_copy(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
+    """`slim_` of a copy; the model stays as it is."""
+    return slim_(copy.deepcopy(model), masks)
 
 
 def ffn_bytes(model: nn.Module) -> int:

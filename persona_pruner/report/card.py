@@ -91,9 +91,8 @@ def _made(metrics: dict) -> str:
     search = (
         f"{settings.steps} straight-through steps on {facts.LOSSES[settings.loss]}" if settings.steps else "no search"
     )
-    repair = (
-        f"least-squares repair of W_down (ridge {settings.ridge})" if settings.repair else "no repair of the weights"
-    )
+    fitted = f"W_o and W_down refitted by least squares, block by block (ridge {settings.ridge})"
+    repair = fitted if settings.repair else "no repair of the weights"
     return f"""{found["examples"]} questions with {found["tokens"]:,} answer tokens ({source}, {under}).
 Channel scores: {settings.start}; {search}; {repair}.
 All other weights are those of the base model, with channels cut out."""

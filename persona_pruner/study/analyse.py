@@ -19,6 +19,7 @@ from persona_pruner import __version__, files, models, report
 from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics
+from persona_pruner.nn import slim_copy
 from persona_pruner.packing import Example, hidden_states, pack
 from persona_pruner.persona import Persona
 from persona_pruner.pipeline import Material
@@ -196,7 +197,7 @@ def estimators(study: Study, ratio: float, count: int) -> dict:
                 masks = relaxed.search(study.model, search.examples, scores, settings, teacher, kind)
             else:
                 masks = search.masks(ratio, "layer", searched=kind == "straight-through")
-            found[kind].append([_kl(own.cut(study.model, masks), reference), _kl(search.repaired(masks), reference)])
+            found[kind].append([_kl(slim_copy(study.model, masks), reference), _kl(search.repaired(masks), reference)])
     rows = [[kind, *(statistics.fmean(kl[i] for kl in kls) for i in (0, 1))] for kind, kls in found.items()]
     steps = study.config(0).steps
     about = f"{steps} steps from the same scores on the same data, mean over personas; without repair and with it."

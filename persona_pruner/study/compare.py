@@ -24,7 +24,7 @@ from persona_pruner.packing import Pack, pack, text_packs
 from persona_pruner.persona import Persona
 from persona_pruner.pipeline import Material, prepare
 from persona_pruner.progress import Progress
-from persona_pruner.search import refit
+from persona_pruner.search import repair
 from persona_pruner.search.baselines import BASELINES, prune
 from persona_pruner.search.masks import kept_width
 from persona_pruner.search.scores import Context
@@ -138,7 +138,7 @@ def _cell_key(study: Study, build: Build, target: int) -> str:
     elif build.calibration == "shared":
         parts += [study.data_key(n, build.seed) for n in range(len(study.names))]
     if build.method not in BASELINES:
-        parts.append([own.RECOVERY_STEPS, own.DISTILL_STEPS, refit.SHARE])
+        parts.append([own.RECOVERY_STEPS, own.DISTILL_STEPS, repair.SHARE])
     return files.digest(parts)
 
 

@@ -1,6 +1,5 @@
 """The persona's own slices: what `sculpt` makes, its parts as controls, and the ways past it."""
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -8,29 +7,19 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from persona_pruner import files, models
+from persona_pruner import files
 from persona_pruner.config import SculptConfig
-from persona_pruner.nn import slim_
+from persona_pruner.nn import slim_copy
 from persona_pruner.packing import Example, Pack, pack
 from persona_pruner.search import masks as choice
 from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
-from persona_pruner.search.refit import refit_
-from persona_pruner.search.repair import repaired_down
+from persona_pruner.search.repair import repair_
 from persona_pruner.search.scores import Context, channel_scores
 from persona_pruner.workspace import Workspace
 
 RECOVERY_STEPS = 24
 DISTILL_STEPS = 24
-
-
-@torch.no_grad()
-def cut(model: nn.Module, masks: Sequence[Tensor], down: Sequence[Tensor] | None = None) -> nn.Module:
-    """A copy without the channels outside the masks, with repaired W_down if given."""
-    copied = copy.deepcopy(model)
-    for mlp, weight in zip(models.gated_mlps(copied), down or (), strict=down is not None):
-        mlp.down_proj.weight.copy_(weight)
-    return slim_(copied, masks)
 
 
 class Search:
@@ -111,8 +100,7 @@ class Search:
 
     def repaired(self, masks: Sequence[Tensor], balanced: bool = False) -> nn.Module:
         packs = [*self.packs, *self.neutral] if balanced else self.packs
-        (down,) = repaired_down(self.model, packs, [masks], self.config.ridge)
-        return cut(self.model, masks, down)
+        return repair_(slim_copy(self.model, masks), self.model, packs, self.config.ridge)
 
 
 Method = Callable[[Search, float], nn.Module]
@@ -123,7 +111,7 @@ def _repaired(scope: str, searched: bool = True) -> Method:
 
 
 def _masked(scope: str) -> Method:
-    return lambda search, ratio: cut(search.model, search.masks(ratio, scope))
+    return lambda search, ratio: slim_copy(search.model, search.masks(ratio, scope))
 
 
 sculpted, wide = _repaired("layer"), _repaired("global")
@@ -134,12 +122,8 @@ def _balanced(search: Search, ratio: float) -> nn.Module:
     return search.repaired(choice.choose(search.balanced_scores(), ratio, "global"), balanced=True)
 
 
-def _refitted(search: Search, ratio: float) -> nn.Module:
-    return refit_(cut(search.model, search.masks(ratio, "global")), search.model, search.packs, search.config.ridge)
-
-
 def _recovered(search: Search, ratio: float) -> nn.Module:
-    model = _refitted(search, ratio)
+    model = wide(search, ratio)
     options = {"budget": search.config.budget, "seed": search.config.seed + 1}
     recovery.lora_(model, search.examples, search.teacher(), RECOVERY_STEPS, **options)
     return model
@@ -163,13 +147,12 @@ OWN: dict[str, tuple[Method, str]] = {
         _repaired("global", searched=False),
         "scores and repair without search, widths free: a control",
     ),
-    "persona-refit": (_refitted, "search, widths free, then W_o and W_down refitted block after block"),
     "persona-balanced": (_balanced, "persona-global-scores with neutral prose among the data of scores and repair"),
     "persona-slim-2:4": (
         lambda search, ratio: _two_four(search, sculpted(search, ratio)),
         "persona, then two of every four of its weights as in persona-2:4",
     ),
-    "persona-recovered": (_recovered, f"persona-refit, then {RECOVERY_STEPS} steps of LoRA on KL, merged"),
+    "persona-recovered": (_recovered, f"persona-global, then {RECOVERY_STEPS} steps of LoRA on KL, merged"),
 }
 OWN_24: dict[str, tuple[Method, str]] = {
     "persona-2:4": (

@@ -1,13 +1,12 @@
 """Baselines that remove FFN channels: random, magnitude, Wanda, FLAP and LLM-Pruner."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from persona_pruner import models
-from persona_pruner.nn import slim_
+from persona_pruner.nn import slim_copy
 from persona_pruner.packing import Pack, answer_states, hidden_states
 from persona_pruner.search import masks as choice
 from persona_pruner.search import scores
@@ -19,25 +18,20 @@ FIRST, LAST = 4 / 32, 2 / 32  # shares of the blocks that LLM-Pruner leaves alon
 SAMPLES = 10  # calibration sequences that LLM-Pruner takes gradients of
 
 
-def cut(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
-    """A copy without the channels outside the masks."""
-    return slim_(copy.deepcopy(model), masks)
-
-
 def random(context: Context, ratio: float) -> nn.Module:
     """Channels drawn at random in every layer."""
-    return cut(context.model, choice.top_k_per_layer(scores.random(context), ratio))
+    return slim_copy(context.model, choice.top_k_per_layer(scores.random(context), ratio))
 
 
 def magnitude(context: Context, ratio: float) -> nn.Module:
     """The channels with the largest L2 norm of their weights in every layer (Han et al., NeurIPS 2015, by groups)."""
-    return cut(context.model, choice.top_k_per_layer(scores.magnitude(context), ratio))
+    return slim_copy(context.model, choice.top_k_per_layer(scores.magnitude(context), ratio))
 
 
 def wanda(context: Context, ratio: float) -> nn.Module:
     """Wanda (Sun et al., ICLR 2024), structured: score = ||h||_2 * sum of |W_down| over the channel's column, in every
     layer. Simplified: the paper scores single weights and compares them within a row; a channel is the column's sum."""
-    return cut(context.model, choice.top_k_per_layer(scores.wanda(context), ratio))
+    return slim_copy(context.model, choice.top_k_per_layer(scores.wanda(context), ratio))
 
 
 @torch.no_grad()
@@ -79,7 +73,7 @@ def flap(context: Context, ratio: float) -> nn.Module:
     mlps = models.gated_mlps(context.model)
     raw = [s * mlp.down_proj.weight.float().square().sum(0) for s, mlp in zip(spreads, mlps, strict=True)]
     masks = choice.top_k_global([(s - s.mean()) / s.std().clamp_min(1e-12) for s in raw], ratio)
-    pruned = cut(context.model, masks)
+    pruned = slim_copy(context.model, masks)
     for new, old, mean, mask in zip(models.gated_mlps(pruned), mlps, means, masks, strict=True):
         weight = old.down_proj.weight
         bias = weight.float()[:, ~mask] @ mean[~mask]
@@ -122,7 +116,7 @@ def llm_pruner(context: Context, ratio: float) -> nn.Module:
     first eighth and the last sixteenth of the blocks are left alone as in the paper; the others lose more, so that
     the ratio over all is kept. Simplified: attention heads are left whole, and no LoRA follows."""
     found = weight_taylor(context.model, few(context.packs, context.seed), context.step)
-    return cut(context.model, between(found, ratio))
+    return slim_copy(context.model, between(found, ratio))
 
 
 def between(found: Sequence[Tensor], ratio: float) -> list[Tensor]:
