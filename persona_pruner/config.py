@@ -30,6 +30,7 @@ class SculptConfig(BaseModel):
     answer_tokens: int = Field(80, ge=1)
     held_out_tokens: int = Field(56, ge=1)
 
+    score_examples: int = Field(192, ge=1, description="examples that scores are taken from, evenly spread over all")
     start: Literal["fisher", "wanda", "taylor", "random"] = "fisher"
     loss: Literal["kl", "ce"] = "kl"
     steps: int = Field(16, ge=0)

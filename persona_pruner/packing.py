@@ -64,6 +64,11 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return min(shared, *(len(s) - 1 for s in sequences))
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, evenly spread."""
+    return [i * count // most for i in range(most)] if most < count else list(range(count))
+
+
 def pack(examples: Sequence[Example], budget: int = 1024, order: Sequence[int] | None = None) -> list[Pack]:
     """Packs of at most `budget` tokens each (one example more than fits is never cut: it gets its own pack).
 

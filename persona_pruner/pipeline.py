@@ -27,12 +27,12 @@ from persona_pruner.formats.persona_file import SUFFIX, PersonaFile
 from persona_pruner.formats.slim import save_slim
 from persona_pruner.generic import Generic
 from persona_pruner.nn import ffn_bytes, masked, slim_copy
-from persona_pruner.packing import Example, pack
+from persona_pruner.packing import Example, evenly, pack
 from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import masks as choice
 from persona_pruner.search import ste
-from persona_pruner.search.repair import repair_
+from persona_pruner.search.repair import TOKENS, repair_
 from persona_pruner.search.scores import Context, channel_scores
 from persona_pruner.synthesis import answers as answering
 from persona_pruner.synthesis import bank
@@ -235,11 +235,11 @@ def prepare(
 def _scores(run: _Run, calibration: list[Example], before: str) -> tuple[list[Tensor], ste.Targets]:
     """Channel scores on the calibration set that the search starts from, and the dense targets seen on the way."""
     config = run.config
-    key = files.digest([before, run.settings("start", "seed", "budget")])
+    key = files.digest([before, run.settings("start", "score_examples", "seed", "budget")])
     device = run.model.get_input_embeddings().weight.device
     stored, targets = run.work.read_tensors("scores", key), ste.Targets(calibration)
     if stored is None:
-        packs = pack(calibration, config.budget)
+        packs = pack(calibration, config.budget, evenly(len(calibration), config.score_examples))
         with run.progress.stage(f"channel scores ({config.start})", len(packs)) as step:
             found = channel_scores(config.start, Context(run.model, packs, config.seed, step, targets.add))
         stored = {str(layer): score for layer, score in enumerate(found)}
@@ -260,9 +260,9 @@ def _search(
         state = ste.State.from_tensors(stored, scores[0].device)
     if config.steps and state.done < config.steps:
         teacher = targets.states
-        if config.loss == "kl" and not targets.complete():
-            with run.progress.stage("dense targets", len(pack(calibration, config.budget))) as step:
-                teacher = ste.teacher_states(run.model, calibration, config.budget, step)
+        if config.loss == "kl" and (missing := targets.missing()):
+            with run.progress.stage("dense targets", len(pack(calibration, config.budget, missing))) as step:
+                ste.teacher_states(run.model, calibration, config.budget, step, targets)
         with run.progress.stage("straight-through search", config.steps) as step:
             step(state.done)
 
@@ -403,7 +403,8 @@ def sculpt(
     root = run.key([[example.prompt, example.answer] for example in calibration])
 
     scores, targets = _scores(run, calibration, root)
-    masks, state = _search(run, calibration, scores, targets, files.digest([root, config.start]))
+    start = files.digest([root, run.settings("start", "score_examples")])
+    masks, state = _search(run, calibration, scores, targets, start)
 
     finished = files.digest([root, held_out, persona.name, persona.greeting(), run.base, config.dump()])
     whole = folder and all((folder / name).exists() for name in made(config))
@@ -416,7 +417,7 @@ def sculpt(
     slim = slim_copy(model, masks)
     if config.repair:
         with progress.stage("repair, block by block", len(masks)) as step:
-            repair_(slim, model, pack(calibration, config.budget), config.ridge, step=step)
+            repair_(slim, model, pack(calibration, TOKENS), config.ridge, step=step)
     if numbers:
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 

@@ -99,18 +99,23 @@ class Targets:
         for row, part in zip(batch.rows, states.split([self.lengths[row] for row in batch.rows]), strict=True):
             self.states[row] = part.clone()
 
-    def complete(self) -> bool:
-        return all(state is not None for state in self.states)
+    def missing(self) -> list[int]:
+        return [row for row, state in enumerate(self.states) if state is None]
 
 
 @torch.no_grad()
 def teacher_states(
-    model: nn.Module, examples: Sequence[Example], budget: int, step: Callable[[int], None] = lambda done: None
+    model: nn.Module,
+    examples: Sequence[Example],
+    budget: int,
+    step: Callable[[int], None] = lambda done: None,
+    targets: Targets | None = None,
 ) -> list[Tensor]:
-    """The states of `Targets` by a pass of the dense model, bit for bit those that a gradient score sees."""
-    targets = Targets(examples)
+    """The states of `Targets` by a pass of the dense model, bit for bit those that a gradient score sees. With
+    `targets` only those that are missing there are computed, and put there."""
+    targets = targets or Targets(examples)
     with masked(model, everything(model)):
-        for batch in pack(examples, budget):
+        for batch in pack(examples, budget, targets.missing()):
             batch = batch.to(model.get_input_embeddings().weight.device)
             targets.add(batch, answer_states(model, batch))
             step(1)

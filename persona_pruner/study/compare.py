@@ -37,7 +37,7 @@ from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.prompts import encode
 from persona_pruner.workspace import Workspace
 
-SEARCH = ("start", "loss", "steps", "lr", "budget", "ridge", "seed")
+SEARCH = ("start", "score_examples", "loss", "steps", "lr", "budget", "ridge", "seed")
 LAYOUT = 1  # of a cell; another number makes stored cells void
 
 

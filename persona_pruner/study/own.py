@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from persona_pruner import files
 from persona_pruner.config import SculptConfig
 from persona_pruner.nn import slim_copy
-from persona_pruner.packing import Example, Pack, pack
+from persona_pruner.packing import Example, Pack, evenly, pack
 from persona_pruner.search import masks as choice
 from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
-from persona_pruner.search.repair import repair_
+from persona_pruner.search.repair import TOKENS, repair_
 from persona_pruner.search.scores import Context, channel_scores
 from persona_pruner.workspace import Workspace
 
@@ -39,7 +39,9 @@ class Search:
         neutral: Sequence[Pack] = (),
     ):
         self.model, self.examples, self.config, self.work, self.key = model, examples, config, work, key
-        self.packs = list(packs) if packs is not None else pack(examples, config.budget)
+        self.packs = list(packs) if packs is not None else pack(examples, TOKENS)
+        scored = evenly(len(examples), config.score_examples)
+        self.score_packs = self.packs if packs is not None else pack(examples, config.budget, scored)
         self.neutral = list(neutral)
         self.targets = ste.Targets(examples)
         self.seconds = 0.0
@@ -64,9 +66,9 @@ class Search:
     def scores(self) -> list[Tensor]:
         def make() -> list[Tensor]:
             seen = {"seen": self.targets.add} if self.examples else {}  # none of the shared mask's, which has no search
-            return channel_scores(self.config.start, Context(self.model, self.packs, self.config.seed, **seen))
+            return channel_scores(self.config.start, Context(self.model, self.score_packs, self.config.seed, **seen))
 
-        return self._kept(f"scores-{self.config.start}", make)
+        return self._kept(f"scores-{self.config.start}", make, self.config.score_examples)
 
     def balanced_scores(self) -> list[Tensor]:
         """The scores plus those of the neutral prose: sums over the tokens of both."""
@@ -79,9 +81,7 @@ class Search:
 
     def teacher(self) -> list[Tensor]:
         """Dense final states of every example; not stored, since a pass of the dense model gives them."""
-        if not self.targets.complete():
-            self.targets.states = list(ste.teacher_states(self.model, self.examples, self.config.budget))
-        return self.targets.states
+        return ste.teacher_states(self.model, self.examples, self.config.budget, targets=self.targets)
 
     def masks(self, ratio: float, scope: str, searched: bool = True) -> list[Tensor]:
         """Masks from the scores alone, or after the straight-through steps."""
@@ -95,7 +95,8 @@ class Search:
             state = ste.start(scores, scope)
             return ste.search(self.model, self.examples, state, settings, self.teacher())
 
-        kept = self._kept(f"masks-{scope}-{ratio}", make, self.config.start, asdict(settings))
+        start = (self.config.start, self.config.score_examples)
+        kept = self._kept(f"masks-{scope}-{ratio}", make, *start, asdict(settings))
         return [mask.bool() for mask in kept]
 
     def repaired(self, masks: Sequence[Tensor], balanced: bool = False) -> nn.Module:
