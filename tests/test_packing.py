@@ -9,6 +9,7 @@ from persona_pruner.packing import (
     Example,
     answer_states,
     common_prefix,
+    evenly,
     hidden_states,
     logits,
     pack,
@@ -120,6 +121,11 @@ def test_budget_and_order():
     assert [p.rows for p in tiny] == [(row,) for row in range(20)]
     assert all(p.target.tolist() == examples[p.rows[0]].answer for p in tiny)
     assert [row for p in pack(examples, order=[4, 2]) for row in p.rows] == [4, 2]
+
+
+def test_evenly():
+    assert evenly(5, 9) == evenly(5, 5) == [0, 1, 2, 3, 4] and evenly(0, 3) == []
+    assert evenly(10, 4) == [0, 2, 5, 7] and evenly(7, 1) == [0]
 
 
 def test_nothing_and_an_empty_prompt():

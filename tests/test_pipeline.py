@@ -13,7 +13,7 @@ from limits import files_up_to
 from sculpting import HELD_OUT, QUICK, TEXT, Recorder, comparable, environment, save_tiny, snapshot
 
 import persona_pruner as pp
-from persona_pruner import models
+from persona_pruner import models, pipeline
 from persona_pruner.errors import InputError, RunError
 from persona_pruner.nn import masked
 from persona_pruner.pipeline import SAVE_EVERY
@@ -220,6 +220,26 @@ def test_files_of_questions_count_by_their_content(tmp_path):
     result = sculpt(folder, **settings)
     assert stage(folder, "held_out")["questions"] == json.loads(held_out.read_text())
     assert result.metrics["dialogue"][0]["question"] == json.loads(held_out.read_text())[0]
+
+
+def test_scores_take_some_examples_and_the_rest_all(monkeypatch):
+    """The search has dense targets of all examples, those that the scores did not see included."""
+    rows: dict[str, list[int]] = {"scores": [], "repair": []}
+    scores, mend = pipeline.channel_scores, pipeline.repair_
+
+    def seen(name, context):
+        rows["scores"] += [row for batch in context.packs for row in batch.rows]
+        return scores(name, context)
+
+    def mended(slim, dense, packs, *args, **kwargs):
+        rows["repair"] += [row for batch in packs for row in batch.rows]
+        return mend(slim, dense, packs, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "channel_scores", seen)
+    monkeypatch.setattr(pipeline, "repair_", mended)
+    found = sculpt(score_examples=3).metrics["search"]["examples"]
+    assert found > 6 and sorted(rows["scores"]) == [0, found // 3, 2 * found // 3]
+    assert sorted(rows["repair"]) == list(range(found))
 
 
 def test_a_published_question_set_is_its_own_test():

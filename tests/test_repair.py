@@ -1,6 +1,7 @@
 """Block-by-block repair: its formula on the last block, what it does to held-out answers, and what it leaves alone."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from persona_pruner.errors import InputError
 from persona_pruner.evaluation.metrics import dense_reference, fidelity
 from persona_pruner.nn import slim_copy
 from persona_pruner.packing import hidden_states, pack
+from persona_pruner.prefix_attention import prefix_attention
+from persona_pruner.search.layerwise import block_inputs, run_block
 from persona_pruner.search.masks import top_k_per_layer
 from persona_pruner.search.repair import PROMPT_WEIGHT, repair_, ridge_solve
 from persona_pruner.search.scores import Context, input_sqnorms
@@ -145,6 +148,22 @@ def test_families(case, family, dtype):
     dense = tiny_model(family, dtype=dtype)
     slim = repair_(slim_copy(dense, case[3]), dense, case[2])
     assert slim.dtype == dtype and all(p.isfinite().all() for p in slim.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_inputs_carry_a_whole_pass(case, family):
+    dense, packs = tiny_model(family), case[2]
+    blocks = models.decoder_layers(dense)
+    wrapped = blocks[1].forward = partial(type(blocks[1]).forward, blocks[1])  # as libraries that move weights do
+    first, rest = block_inputs(dense, packs)
+    assert [vars(block).get("forward") for block in blocks] == [None, wrapped, None]
+    for number, (batch, x) in enumerate(zip(packs, first, strict=True)):
+        with torch.no_grad(), prefix_attention(dense.get_decoder()):
+            for block, others in zip(blocks, rest, strict=True):
+                x = run_block(block, x, others[number])
+            got = dense.get_decoder().norm(x)
+        with torch.no_grad():
+            torch.testing.assert_close(got, hidden_states(dense, batch).last_hidden_state, rtol=0, atol=0)
 
 
 def test_ridge_solve_is_least_squares():

@@ -11,7 +11,17 @@ from persona_pruner.nn import masked
 from persona_pruner.packing import answer_states, pack
 from persona_pruner.search.masks import choose
 from persona_pruner.search.scores import Context, channel_scores
-from persona_pruner.search.ste import Settings, State, _adam, batches, search, standardised, start, teacher_states
+from persona_pruner.search.ste import (
+    Settings,
+    State,
+    Targets,
+    _adam,
+    batches,
+    search,
+    standardised,
+    start,
+    teacher_states,
+)
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
 
 
@@ -153,6 +163,18 @@ def test_teacher_states(family):
         ids = torch.tensor([example.prompt + example.answer])
         want = model.model(ids).last_hidden_state[0, len(example.prompt) - 1 : -1]
         torch.testing.assert_close(state, want, rtol=1e-5, atol=5e-5)
+
+
+def test_only_missing_states_are_computed():
+    model, examples, told = tiny_model(), tiny_examples(7), []
+    want, targets = teacher_states(model, examples, 50), Targets(examples)
+    (batch,) = pack(examples, 1000, [1, 4])
+    targets.add(batch, torch.cat([want[1], want[4]]))
+    assert targets.missing() == [0, 2, 3, 5, 6]
+    states = teacher_states(model, examples, 50, told.append, targets)
+    assert states is targets.states and not targets.missing() and sum(told) == len(pack(examples, 50, [0, 2, 3, 5, 6]))
+    for state, other in zip(states, want, strict=True):
+        torch.testing.assert_close(state, other, rtol=1e-5, atol=5e-5)
 
 
 def test_two_personas_searched_in_one_process_share_the_weights():

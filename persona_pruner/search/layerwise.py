@@ -1,6 +1,7 @@
 """Weights replaced block by block: each block is fed what the blocks before it, as they are now, give."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +23,29 @@ def chosen_linears(model: nn.Module, ffn_only: bool) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def block_inputs(model: nn.Module, packs: Sequence[Pack]) -> tuple[list[Tensor], list[list[dict]]]:
-    """What enters the first block for every pack, and the other arguments of every block for every pack."""
+    """What enters the first block for every pack, and the other arguments of every block for every pack. No block is
+    computed: each gives back the states that it was fed."""
     blocks = models.decoder_layers(model)
+    replaced = [vars(block).get("forward") for block in blocks]  # of its own where a library has wrapped the block
     first: list[Tensor] = []
     rest: list[list[dict]] = [[] for _ in blocks]
 
-    def note(layer: int, args: tuple, kwargs: dict) -> None:
+    def noted(layer: int, x: Tensor, **kwargs) -> Tensor:
         if not layer:
-            first.append(args[0])
+            first.append(x)
         rest[layer].append(kwargs)
+        return x
 
-    hooks = [
-        block.register_forward_pre_hook(lambda _, args, kwargs, i=i: note(i, args, kwargs), with_kwargs=True)
-        for i, block in enumerate(blocks)
-    ]
     try:
+        for layer, block in enumerate(blocks):
+            block.forward = partial(noted, layer)
         for batch in packs:
             hidden_states(model, batch)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for block, forward in zip(blocks, replaced, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
     return first, rest
 
 
