@@ -74,13 +74,14 @@ def pack(examples: Sequence[Example], budget: int = 1024, order: Sequence[int] |
 
     `order` is the order in which examples are taken; all in turn by default. Raises ValueError on an empty prompt.
     """
-    if not examples:
+    order = range(len(examples)) if order is None else order
+    if not order:
         return []
     if any(not example.prompt for example in examples):
         raise ValueError("an example has an empty prompt")
     prefix = common_prefix([example.prompt for example in examples])
     packs, rows, size = [], [], prefix
-    for row in range(len(examples)) if order is None else order:
+    for row in order:
         own = len(examples[row].prompt) - prefix + max(len(examples[row].answer) - 1, 0)
         if rows and size + own > budget:
             packs.append(_pack([examples[r] for r in rows], rows, prefix))

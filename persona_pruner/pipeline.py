@@ -8,10 +8,9 @@ Every stage reads only what stands left of it, and is stored under a hash of its
 on where it was. Held-out questions are fixed first and nothing that shares eight words with them is kept.
 """
 
-import random
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from persona_pruner.evaluation import metrics, speed
 from persona_pruner.formats.packed import packed_copy, save_packed
 from persona_pruner.formats.persona_file import SUFFIX, PersonaFile
 from persona_pruner.formats.slim import save_slim
-from persona_pruner.generic import Generic
+from persona_pruner.material import HELD_OUT_SEED, Run, stage_one
 from persona_pruner.nn import ffn_bytes, masked, slim_copy
 from persona_pruner.packing import Example, evenly, pack
 from persona_pruner.persona import Persona
@@ -34,17 +33,11 @@ from persona_pruner.search import masks as choice
 from persona_pruner.search import ste
 from persona_pruner.search.repair import TOKENS, repair_
 from persona_pruner.search.scores import Context, channel_scores
-from persona_pruner.synthesis import answers as answering
-from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.generate import generate
-from persona_pruner.synthesis.overlap import HeldOut
-from persona_pruner.synthesis.own import own_questions
-from persona_pruner.synthesis.prompts import examples, prompt_ids, stop_ids
-from persona_pruner.synthesis.sensitivity import REFERENCES, sensitivity
+from persona_pruner.synthesis.prompts import prompt_ids, stop_ids
 from persona_pruner.workspace import Workspace
 
 BASELINES = ("magnitude", "wanda", "taylor")
-HELD_OUT_SEED = 20260614  # the test is the same for every seed of the search
 SAVE_EVERY = 8  # search steps between stored states
 ALWAYS = (f"persona{SUFFIX}", "run.yaml", "metrics.json", "report.html", "README.md")
 CHECKPOINTS = ("slim", "packed")
@@ -60,179 +53,7 @@ class SculptResult:
     folder: Path | None = None
 
 
-@dataclass
-class _Run:
-    """One sculpt in progress: its inputs, and where stages are stored."""
-
-    model: nn.Module
-    tokenizer: object
-    persona: Persona
-    base: str
-    config: SculptConfig
-    work: Workspace
-    progress: Progress
-    sources: dict[str, list[bank.Question]]  # questions of the files and datasets that the settings name
-    shared: str | Path | None = None
-    system: str = ""
-    root: str = field(default="", repr=False)
-    generic: Generic = field(init=False, repr=False)
-
-    def __post_init__(self):
-        self.system = self.persona.system_prompt()
-        weights = [p.flatten()[:16].float().tolist() for p in self.model.parameters()]
-        base = [__version__, models.fingerprint(self.model), weights, str(self.model.dtype)]
-        self.root = files.digest([*base, self.system])
-        self.generic = Generic(self.model, self.tokenizer, files.digest(base), self.shared)
-
-    def key(self, *parts) -> str:
-        return files.digest([self.root, *parts])
-
-    def settings(self, *names: str) -> dict:
-        return {name: getattr(self.config, name) for name in names}
-
-    def examples(self, questions, answers, in_character: bool = True) -> list[Example]:
-        return examples(self.tokenizer, self.system if in_character else "", questions, answers)
-
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def most_sensitive(self, questions: list[str], stage: str) -> list[str]:
-        """The questions, those that depend most on the persona first."""
-        with self.progress.stage(stage, len(questions) * (1 + len(REFERENCES))) as step:
-            found = sensitivity(self.model, self.tokenizer, self.system, questions, step, self.generic.references)
-        return [questions[i] for i in found.argsort(descending=True, stable=True).tolist()]
-
-
-def _held_out(run: _Run) -> dict:
-    """{"questions", "answers"}: the test, answered by the dense model; made before anything else."""
-    config = run.config
-    published = run.persona.raw.get("questions") if run.persona.raw else None
-
-    def make() -> dict:
-        count = config.held_out_questions
-        if config.eval_questions:
-            questions = [question.text for question in run.sources[config.eval_questions]][:count]
-        elif isinstance(published, list) and published:
-            questions = [str(question) for question in published][:count]
-        else:
-            questions = run.most_sensitive(bank.bundled("heldout"), "held-out questions")[:count]
-        prompts = [prompt_ids(run.tokenizer, run.system, question) for question in questions]
-        with run.progress.stage("held-out answers", len(prompts)) as step:
-            stops = stop_ids(run.model, run.tokenizer)
-            count_done = lambda batch: step(len(batch))  # noqa: E731
-            found = generate(run.model, prompts, stops, config.held_out_tokens, seed=HELD_OUT_SEED, done=count_done)
-        return {"questions": questions, "answers": found}
-
-    given = published, run.sources.get(config.eval_questions)
-    key = run.key("held-out", run.settings("held_out_questions", "held_out_tokens", "eval_questions"), given)
-    return run.work.value("held_out", key, make)
-
-
-def _questions(run: _Run, held_out: HeldOut, before: str) -> dict:
-    """{"own", "bank", "references"}: calibration questions by source, and the bank's reference answers."""
-    config = run.config
-
-    def make() -> dict:
-        own = []
-        if config.own_questions:
-            with run.progress.stage("questions of its own", config.own_questions * 3 // 2) as step:
-                own = own_questions(
-                    run.model, run.tokenizer, run.system, config.own_questions, held_out, config.seed, step=step
-                )
-        pool = {question: "" for question in bank.bundled("search")}
-        for source in config.questions:
-            pool |= {question.text: question.answer for question in run.sources[source]}
-        pool = {q: a for q, a in pool.items() if not held_out.touches(q) and not held_out.touches(a) and q not in own}
-        drawn = random.Random(config.seed).sample(list(pool), min(len(pool), config.bank_candidates))
-        if config.filter and config.bank_questions:
-            drawn = run.most_sensitive(drawn, "persona-sensitive questions")
-        kept = drawn[: config.bank_questions]
-        if not own and not kept:
-            raise InputError(
-                "no calibration questions: own_questions and bank_questions are both 0, or nothing was found"
-            )
-        return {"own": own, "bank": kept, "references": [pool[question] for question in kept]}
-
-    names = ("own_questions", "bank_questions", "bank_candidates", "filter", "questions", "seed")
-    given = [run.sources[source] for source in config.questions]
-    return run.work.value("questions", files.digest([before, run.settings(*names), given]), make)
-
-
-def _answers(run: _Run, questions: dict, before: str) -> list[list[int]]:
-    """Token ids of an answer to each of own + bank; stored batch by batch."""
-    config = run.config
-    asked = [*questions["own"], *questions["bank"]]
-    key = files.digest([before, asked, run.settings("answers", "answer_tokens", "in_character", "seed")])
-    found: list[list[int]] = run.work.read("answers", key) or []
-    if len(found) == len(asked):
-        return found
-    system = run.system if config.in_character else ""
-    common = {"seed": config.seed + 1, "start": len(found)}
-    with run.progress.stage("answers in character", len(asked)) as step:
-        step(len(found))
-
-        def done(batch: list[list[int]]) -> None:
-            found.extend(batch)
-            run.work.write("answers", key, found)
-            step(len(batch))
-
-        common["done"] = done
-        if config.answers == "self":
-            answering.self_distilled(run.model, run.tokenizer, system, asked, config.answer_tokens, **common)
-        elif config.answers.startswith(("http://", "https://")):
-            references = [""] * len(questions["own"]) + questions["references"]
-            answering.from_endpoint(
-                config.answers, run.tokenizer, system, asked, config.answer_tokens, references, **common
-            )
-        else:
-            answering.from_model(config.answers, run.tokenizer, system, asked, config.answer_tokens, **common)
-    return found
-
-
-def _stage_one(run: _Run) -> tuple[dict, list[Example]]:
-    """The held-out questions with their answers, and the calibration examples, none of which shares eight words with
-    them."""
-    held_out = _held_out(run)
-    guard = HeldOut([*held_out["questions"], *map(run.text, held_out["answers"])])
-    questions = _questions(run, guard, run.key(held_out))
-    answers = _answers(run, questions, run.key(held_out))
-    pairs = zip([*questions["own"], *questions["bank"]], answers, strict=True)
-    clean = [(question, answer) for question, answer in pairs if not guard.touches(run.text(answer))]
-    if not clean:
-        raise InputError("no calibration example is left: every answer shares eight words with held-out material")
-    return held_out, run.examples(*map(list, zip(*clean, strict=True)), in_character=run.config.in_character)
-
-
-@dataclass(frozen=True)
-class Material:
-    """Stage 1 of one persona: its prompt, held-out questions and the dense model's answers (token ids), and the
-    calibration examples of own and bank questions."""
-
-    system: str
-    questions: list[str]
-    answers: list[list[int]]
-    calibration: list[Example]
-
-
-def prepare(
-    model: nn.Module,
-    tokenizer,
-    persona: Persona,
-    folder: str | Path | None = None,
-    base: str | None = None,
-    progress: Progress | None = None,
-    **settings,
-) -> Material:
-    """Stage 1 of `sculpt` alone, with the same settings and the same stored stages (in `folder`)."""
-    config = SculptConfig.of(**settings)
-    sources = {name: bank.load_questions(name) for name in (*config.questions, config.eval_questions) if name}
-    work = Workspace(folder)
-    run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress or Progress(), sources)
-    held_out, calibration = _stage_one(run)
-    return Material(run.system, held_out["questions"], held_out["answers"], calibration)
-
-
-def _scores(run: _Run, calibration: list[Example], before: str) -> tuple[list[Tensor], ste.Targets]:
+def _scores(run: Run, calibration: list[Example], before: str) -> tuple[list[Tensor], ste.Targets]:
     """Channel scores on the calibration set that the search starts from, and the dense targets seen on the way."""
     config = run.config
     key = files.digest([before, run.settings("start", "score_examples", "seed", "budget")])
@@ -248,7 +69,7 @@ def _scores(run: _Run, calibration: list[Example], before: str) -> tuple[list[Te
 
 
 def _search(
-    run: _Run, calibration: list[Example], scores: list[Tensor], targets: ste.Targets, before: str
+    run: Run, calibration: list[Example], scores: list[Tensor], targets: ste.Targets, before: str
 ) -> tuple[list[Tensor], ste.State]:
     """The mask after the straight-through steps, and the state with its curve; the state is stored on the way."""
     config = run.config
@@ -280,7 +101,7 @@ def _row(name: str, how: str, found: metrics.Fidelity, neutral: float, masks: li
     return {"name": name, "how": how, **asdict(found), "neutral_nll_drop": neutral, "kept": kept}
 
 
-def _measure(run: _Run, reference: metrics.Reference, variants: list[tuple], slim: nn.Module, held_out: dict) -> dict:
+def _measure(run: Run, reference: metrics.Reference, variants: list[tuple], slim: nn.Module, held_out: dict) -> dict:
     """The numbers of the report: `variants` are (name, how, masks, model: run.model for weights untouched), the product
     first."""
     rows, generic = [], run.generic
@@ -322,7 +143,7 @@ def _measure(run: _Run, reference: metrics.Reference, variants: list[tuple], sli
     return out
 
 
-def _dialogue(run: _Run, slim: nn.Module, questions: list[str]) -> list[dict]:
+def _dialogue(run: Run, slim: nn.Module, questions: list[str]) -> list[dict]:
     """The same questions answered by the dense and by the pruned model, same seed."""
     prompts = [prompt_ids(run.tokenizer, run.system, question) for question in questions]
     stops = stop_ids(run.model, run.tokenizer)
@@ -342,7 +163,7 @@ def made(config: SculptConfig) -> list[str]:
     return [name for name in (*ALWAYS, _checkpoint(config)) if name]
 
 
-def _write(run: _Run, folder: Path, result: SculptResult, calibration: list[Example]) -> None:
+def _write(run: Run, folder: Path, result: SculptResult, calibration: list[Example]) -> None:
     """Everything a user takes away. A checkpoint only for equal widths; other engines have one width."""
     files.write_text(folder / "run.yaml", report.run_yaml(result.metrics["run"]))
     result.persona_file.save(folder / f"persona{SUFFIX}")
@@ -391,15 +212,14 @@ def sculpt(
     models.prepare(model)
     for width in models.widths(model):
         choice.kept_width(width, config.ratio)
-    sources = {name: bank.load_questions(name) for name in (*config.questions, config.eval_questions) if name}
     folder = Path(out) if out else None
     if folder and folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; the results need a folder")
     progress = progress or Progress()
     work = Workspace(folder / "stages" if folder else None)
-    run = _Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress, sources, shared)
+    run = Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress, shared)
 
-    held_out, calibration = _stage_one(run)
+    held_out, calibration = stage_one(run)
     root = run.key([[example.prompt, example.answer] for example in calibration])
 
     scores, targets = _scores(run, calibration, root)

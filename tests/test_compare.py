@@ -10,8 +10,8 @@ from sculpting import QUICK, TEXT, Recorder, run, save_tiny
 from persona_pruner.cli import main
 from persona_pruner.errors import InputError, RunError
 from persona_pruner.evaluation import metrics
+from persona_pruner.material import Material
 from persona_pruner.packing import Example
-from persona_pruner.pipeline import Material
 from persona_pruner.search.baselines import BASELINES, prune
 from persona_pruner.search.scores import Context
 from persona_pruner.study import compare as comparing

@@ -31,6 +31,7 @@ ORDER = [
     {"runtime", "workspace", "doctor", "testing"},
     {"evaluation"},
     {"report", "generic"},
+    {"material"},
     {"pipeline"},
     {"many", "serve"},
     {"study"},

@@ -129,6 +129,7 @@ def test_evenly():
 
 
 def test_nothing_and_an_empty_prompt():
+    assert pack(tiny_examples(3), 60, []) == []
     assert pack([]) == [] and text_packs([]) == []
     with pytest.raises(ValueError, match="empty prompt"):
         pack([Example([1, 2], [3]), Example([], [3])])

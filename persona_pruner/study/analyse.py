@@ -19,10 +19,10 @@ from persona_pruner import __version__, files, models, report
 from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics
+from persona_pruner.material import Material
 from persona_pruner.nn import slim_copy
 from persona_pruner.packing import Example, hidden_states, pack
 from persona_pruner.persona import Persona
-from persona_pruner.pipeline import Material
 from persona_pruner.progress import Progress
 from persona_pruner.search import relaxed, ste
 from persona_pruner.search.baselines import prune

@@ -20,9 +20,9 @@ from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation import judge as judging
 from persona_pruner.evaluation.harness import harness
+from persona_pruner.material import Material, prepare
 from persona_pruner.packing import Pack, pack, text_packs
 from persona_pruner.persona import Persona
-from persona_pruner.pipeline import Material, prepare
 from persona_pruner.progress import Progress
 from persona_pruner.search import repair
 from persona_pruner.search.baselines import BASELINES, prune

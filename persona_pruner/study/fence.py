@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from persona_pruner import files
 from persona_pruner.errors import RunError
+from persona_pruner.material import Material
 from persona_pruner.packing import Example
-from persona_pruner.pipeline import Material
 from persona_pruner.synthesis.prompts import prompt_ids
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from persona_pruner.evaluation import metrics
 from persona_pruner.evaluation.quiz import quiz_accuracy
 from persona_pruner.evaluation.rouge import rouge_l
-from persona_pruner.pipeline import Material
+from persona_pruner.material import Material
 from persona_pruner.search.baselines.size import nonzero
 from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.generate import generate
