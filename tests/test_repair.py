@@ -137,6 +137,13 @@ def test_other_streams_have_no_share(case):
             repair_(slim, dense, case[2], share=0.5)
 
 
+def test_attention_of_another_kind_is_refused(case):
+    other = tiny_model()
+    models.decoder_layers(other)[1].self_attn = torch.nn.Identity()
+    with pytest.raises(InputError, match=r"needs self_attn\.o_proj in every block"):
+        repair_(copy.deepcopy(other), other, case[2])
+
+
 def test_no_data_is_refused(case):
     with pytest.raises(InputError, match="needs examples"):
         repair_(slim_copy(case[0], case[3]), case[0], [])

@@ -114,10 +114,15 @@ def repair_(
     Three passes of the slim model and two of the dense one, block by block; states of all tokens of `packs` are held
     (four times [tokens, hidden]). `step` is told of every block. `share` is `SHARE` by default, and 0 for models that
     norm or scale what a block writes into the stream (Gemma 2 and 3, Granite), where the way back to the dense stream
-    is not the sum above. Raises InputError for another share with these, and without data.
+    is not the sum above. Raises InputError for another share with these, without data, and for
+    blocks without `self_attn.o_proj`.
     """
     if not packs:
         raise InputError("the repair needs examples")
+    if not all(hasattr(getattr(block, "self_attn", None), "o_proj") for block in models.decoder_layers(dense)):
+        raise InputError(
+            "the repair needs self_attn.o_proj in every block; without repair the weights stay as they are"
+        )
     device = dense.get_input_embeddings().weight.device
     packs = [batch.to(device) for batch in packs]
     first, rest = block_inputs(dense, packs)
