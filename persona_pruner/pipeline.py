@@ -21,16 +21,18 @@ from persona_pruner import __version__, files, models, report
 from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics, speed
-from persona_pruner.formats.packed import packed_copy, save_packed
+from persona_pruner.formats.packed import save_packed
 from persona_pruner.formats.persona_file import SUFFIX, PersonaFile
 from persona_pruner.formats.slim import save_slim
 from persona_pruner.material import HELD_OUT_SEED, Run, stage_one
-from persona_pruner.nn import ffn_bytes, masked, slim_copy
+from persona_pruner.nn import ffn_bytes, masked, slim_copy, sparsify_, weights
 from persona_pruner.packing import Example, evenly, pack
 from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import masks as choice
 from persona_pruner.search import ste
+from persona_pruner.search.baselines import two_four
+from persona_pruner.search.layerwise import replace_weights_
 from persona_pruner.search.repair import TOKENS, repair_
 from persona_pruner.search.scores import Context, channel_scores
 from persona_pruner.synthesis.generate import generate
@@ -96,6 +98,22 @@ def _search(
     return choice.choose(state.scores, config.ratio, config.scope), state
 
 
+def _cut(run: Run, masks: list[Tensor], calibration: list[Example]) -> nn.Module:
+    """The slim model, repaired; for format packed with two of every four weights, on the packed kernels."""
+    slim, packs = slim_copy(run.model, masks), pack(calibration, TOKENS)
+    packed = run.config.format == "packed"
+    if run.config.repair:
+        replace = two_four.sparsegpt_weight if packed else None
+        with run.progress.stage("repair, block by block", len(masks)) as step:
+            repair_(slim, run.model, packs, run.config.ridge, step=step, replace=replace)
+    elif packed:
+        with run.progress.stage("two of every four weights", len(masks)) as step:
+            replace_weights_(slim, packs, two_four.wanda_weight, step=step)
+    if packed:
+        sparsify_(slim)
+    return slim
+
+
 def _row(name: str, how: str, found: metrics.Fidelity, neutral: float, masks: list[Tensor]) -> dict:
     kept = [int(mask.sum()) for mask in masks]
     return {"name": name, "how": how, **asdict(found), "neutral_nll_drop": neutral, "kept": kept}
@@ -121,9 +139,8 @@ def _measure(run: Run, reference: metrics.Reference, variants: list[tuple], slim
             step(1)
     baselines = [row for row in rows if row["name"] in BASELINES]
     best = min(baselines, key=lambda row: row["kl"], default=None)
-    count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     out = {
-        "parameters": {"dense": count(run.model), "pruned": count(slim)},
+        "parameters": {"dense": weights(run.model), "pruned": weights(slim)},
         "ffn_bytes": {"dense": ffn_bytes(run.model), "pruned": ffn_bytes(slim)},
         "held_out": {
             "questions": len(held_out["questions"]),
@@ -163,7 +180,7 @@ def made(config: SculptConfig) -> list[str]:
     return [name for name in (*ALWAYS, _checkpoint(config)) if name]
 
 
-def _write(run: Run, folder: Path, result: SculptResult, calibration: list[Example]) -> None:
+def _write(run: Run, folder: Path, result: SculptResult) -> None:
     """Everything a user takes away. A checkpoint only for equal widths; other engines have one width."""
     files.write_text(folder / "run.yaml", report.run_yaml(result.metrics["run"]))
     result.persona_file.save(folder / f"persona{SUFFIX}")
@@ -173,8 +190,7 @@ def _write(run: Run, folder: Path, result: SculptResult, calibration: list[Examp
             shutil.rmtree(folder / name, ignore_errors=True)
     readme = lambda to: files.write_text(to / "README.md", card)  # noqa: E731
     if run.config.format == "packed":
-        sparse = packed_copy(result.model, pack(calibration, run.config.budget))
-        save_packed(sparse, folder / "packed", run.tokenizer, extra=readme)
+        save_packed(result.model, folder / "packed", run.tokenizer, extra=readme)
     elif run.config.scope == "layer":
         save_slim(result.model, run.tokenizer, folder / "slim", readme)
     files.write_text(folder / "README.md", card)
@@ -234,10 +250,7 @@ def sculpt(
         slim, _ = models.load_model(folder / kind, model.device, model.dtype)
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
-    slim = slim_copy(model, masks)
-    if config.repair:
-        with progress.stage("repair, block by block", len(masks)) as step:
-            repair_(slim, model, pack(calibration, TOKENS), config.ridge, step=step)
+    slim = _cut(run, masks, calibration)
     if numbers:
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
@@ -280,6 +293,6 @@ def sculpt(
     result = SculptResult(file, slim, numbers, folder)
     if folder:
         work.forget("finished")
-        _write(run, folder, result, calibration)
+        _write(run, folder, result)
         work.write("finished", finished, numbers)
     return result

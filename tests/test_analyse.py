@@ -46,14 +46,18 @@ def kl(study, number, model):
 
 def test_cross_table(study):
     found = STUDIES["cross"](study, 0.5, 1)
-    for a, row in enumerate(found["rows"]):
-        search = study.search(a, 0)
-        model = search.repaired(search.masks(0.5, "layer"))
-        assert row == [study.names[a], *(pytest.approx(kl(study, b, model)) for b in range(2))]
-    table = torch.tensor([row[1:] for row in found["rows"]])
+    searches = [study.search(0, 0), study.search(1, 0), study.shared(0)]
+    assert [row[0] for row in found["rows"]] == [*study.names, "all together"]
+    for search, row in zip(searches, found["rows"], strict=True):
+        model = search.repaired(search.masks(0.5, "layer", searched=False))
+        assert row[1:] == [pytest.approx(kl(study, number, model)) for number in range(2)]
+    *own, together = torch.tensor([row[1:] for row in found["rows"]])
+    table = torch.stack(own)
     rows = sum(int(table[i].argmin()) == i for i in range(2))
     columns = sum(int(table[:, i].argmin()) == i for i in range(2))
-    assert f"least of its row {rows} times and the least of its column {columns} times of 2" in found["about"]
+    less = int((table.diagonal() < together).sum())
+    assert f"least of its row {rows} times and least of its column {columns} times of 2" in found["about"]
+    assert f"less than what the last row has there {less} times" in found["about"]
 
 
 def test_seeds(study):

@@ -237,7 +237,6 @@ def test_held_out_material_never_reaches_a_method(folder, tmp_path, monkeypatch)
     watch(own.ste, "search", lambda args: of_examples(args[1]))
     watch(own.recovery, "lora_", lambda args: of_examples(args[1]))
     watch(own.recovery, "distill_", lambda args: of_examples(args[1]))
-    watch(own.two_four, "sparsegpt", lambda args: of_packs(args[0].packs))
     result = go(tmp_path / "out", people, ["wanda,persona,persona-recovered,persona-2:4,shared"])
     tokenizer = tiny_tokenizer()
     assert len(seen) > 20

@@ -15,7 +15,8 @@ from sculpting import HELD_OUT, QUICK, TEXT, Recorder, comparable, environment, 
 import persona_pruner as pp
 from persona_pruner import models, pipeline
 from persona_pruner.errors import InputError, RunError
-from persona_pruner.nn import masked
+from persona_pruner.nn import masked, slim_copy
+from persona_pruner.nn.sparse import packed_layers
 from persona_pruner.pipeline import SAVE_EVERY
 from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.answers import BATCH
@@ -351,10 +352,24 @@ def test_global_widths(tmp_path):
 
 def test_a_packed_checkpoint_takes_the_place_of_a_slim_one(tmp_path):
     sculpt(tmp_path)
-    sculpt(tmp_path, format="packed")
+    result = sculpt(tmp_path, format="packed")
     assert (tmp_path / "packed" / "config.json").exists() and not (tmp_path / "slim").exists()
-    sculpt(tmp_path, format="packed", progress=(progress := Recorder()))
+    assert len(packed_layers(result.model)) == 21
+    numbers = result.metrics
+    assert numbers["parameters"]["pruned"] < numbers["parameters"]["dense"] / 1.5
+    assert numbers["ffn_bytes"]["pruned"] < 0.5 * numbers["ffn_bytes"]["dense"]
+    again = sculpt(tmp_path, format="packed", progress=(progress := Recorder()))
     assert progress.stages == []
+    assert torch.equal(again.model(IDS).logits, result.model(IDS).logits)
+
+
+def test_a_packed_checkpoint_without_repair_keeps_weights_as_they_are(tmp_path):
+    result = sculpt(tmp_path, format="packed", repair=False)
+    slim = slim_copy(tiny_model(), result.persona_file.masks)
+    for name, layer in packed_layers(result.model).items():
+        found, weight = layer.dequantize(), slim.get_submodule(name).weight
+        kept = found != 0
+        assert torch.equal(found[kept], weight[kept]) and int(kept.unflatten(1, (-1, 4)).sum(-1).max()) == 2
 
 
 def test_seeds_and_starts_find_other_masks(base):

@@ -10,8 +10,10 @@ from persona_pruner import models
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation.metrics import dense_reference, fidelity
 from persona_pruner.nn import slim_copy
+from persona_pruner.nn.sparse import block_linears
 from persona_pruner.packing import hidden_states, pack
 from persona_pruner.prefix_attention import prefix_attention
+from persona_pruner.search.baselines import prune, two_four
 from persona_pruner.search.layerwise import block_inputs, run_block
 from persona_pruner.search.masks import top_k_per_layer
 from persona_pruner.search.repair import PROMPT_WEIGHT, repair_, ridge_solve
@@ -105,6 +107,48 @@ def test_only_what_writes_into_the_stream_changes(case):
     changed = {name for name, tensor in slim.state_dict().items() if not torch.equal(old[name], tensor)}
     assert changed and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
     assert not any(module._forward_hooks for model in (dense, slim) for module in model.modules())
+
+
+def test_a_pattern_that_changes_nothing(case):
+    """Every linear of every block goes through `replace` with what it is fed, tokens weighted."""
+    dense, _, packs, masks = case
+    given = []
+
+    def same(weight, gram):
+        given.append((weight.shape, gram))
+        return weight
+
+    start = slim_copy(dense, masks)
+    slim = repair_(copy.deepcopy(start), dense, packs, replace=same)
+    plain = repair_(copy.deepcopy(start), dense, packs).state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in slim.state_dict().items())
+    block = models.decoder_layers(slim)[-1]
+    attention, mlp = block.self_attn, block.mlp
+    rows = [sum(m.out_features for m in group) for group in ((attention.q_proj, attention.k_proj, attention.v_proj),)]
+    rows += [attention.o_proj.out_features, 2 * mlp.gate_proj.out_features, mlp.down_proj.out_features]
+    blocks = len(models.decoder_layers(slim))
+    assert [shape[0] for shape, _ in given] == rows * blocks
+    weight = torch.cat([torch.where(batch.segment == 0, PROMPT_WEIGHT, 1.0) for batch in packs]).double()[:, None]
+    ours = seen(slim, packs)
+    for (_, gram), name in zip(given[-3:], ("a", "n", "h"), strict=True):
+        torch.testing.assert_close(gram.double(), ours[name].T @ (ours[name] * weight), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_of_four(case, family):
+    dense, (_, examples, packs, masks) = tiny_model(family), case
+    reference = dense_reference(dense, examples)
+    published = prune("sparsegpt-2:4", Context(dense, packs), 0.5)
+    slim = repair_(copy.deepcopy(dense), dense, packs, replace=two_four.sparsegpt_weight)
+    for linear in block_linears(slim).values():
+        assert int((linear.weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) == 2
+    assert fidelity(slim, reference).kl < fidelity(published, reference).kl
+    cut = repair_(slim_copy(dense, masks), dense, packs, replace=two_four.sparsegpt_weight, ffn_only=True)
+    for name, linear in block_linears(cut).items():
+        sparse = int((linear.weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) == 2
+        assert sparse == (".mlp." in name)
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            assert torch.equal(linear.weight, dense.get_submodule(name).weight)
 
 
 def test_nothing_removed_changes_nothing_much(case):

@@ -8,7 +8,7 @@ weights as ever. config.json names the packed layers under `quantization_config`
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from persona_pruner import files, models
 from persona_pruner.errors import InputError
-from persona_pruner.nn.sparse import input_norms, packed_layers, sparsify_
+from persona_pruner.nn.sparse import packed_layers, sparsify_
 from persona_pruner.ops.select24 import pack_meta
-from persona_pruner.packing import Pack, hidden_states
 
 METHOD = "persona_pruner"
 VERSION = 1
@@ -91,16 +90,6 @@ def save_packed(
 
 
 @torch.no_grad()
-def packed_copy(model: nn.Module, packs: Sequence[Pack]) -> nn.Module:
-    """A copy of the model with its block linears packed, chosen by abs(weight) times input norm over the packs."""
-    with input_norms(model) as norms:
-        for pack in packs:
-            hidden_states(model, pack.to(model.device))
-    copied = copy.deepcopy(model)
-    sparsify_(copied, norms)
-    return copied
-
-
 def is_packed(folder: str | Path) -> bool:
     """Whether a folder's config.json says that it is a packed checkpoint."""
     config = Path(folder) / "config.json"

@@ -201,6 +201,11 @@ def packed_layers(model: nn.Module) -> dict[str, SparseLinear24]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear24)}
 
 
+def weights(model: nn.Module) -> int:
+    """How many weights a model stores; of every four of a packed layer two."""
+    return sum(p.numel() for p in model.parameters()) + sum(m.values.numel() for m in packed_layers(model).values())
+
+
 def _chosen(model: nn.Module, filter_fn: Callable[[str, nn.Linear], bool] | None) -> dict[str, nn.Linear]:
     if filter_fn is None:
         return block_linears(model)

@@ -1,6 +1,6 @@
 """Weights replaced block by block: each block is fed what the blocks before it, as they are now, give."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -68,14 +68,12 @@ def replace_weights_(
     known = {id(linear) for linear in chosen_linears(model, ffn_only).values()}
     decoder = model.get_decoder()
     for number, block in enumerate(models.decoder_layers(model)):
-        chosen = [module for module in block.modules() if id(module) in known]
         with prefix_attention(decoder):
-            groups = _grams(block, chosen, states, rest[number])
-            for linears, gram in groups:
-                weight = replace(torch.cat([linear.weight for linear in linears]), gram)
-                parts = weight.split([linear.out_features for linear in linears])
-                for linear, part in zip(linears, parts, strict=True):
-                    linear.weight.copy_(part)
+            with Grams(module for module in block.modules() if id(module) in known) as grams:
+                for x, kwargs in zip(states, rest[number], strict=True):
+                    grams.begin()
+                    run_block(block, x, kwargs)
+            grams.replace_(replace)
             states = [run_block(block, x, kwargs) for x, kwargs in zip(states, rest[number], strict=True)]
         step(1)
     return model
@@ -87,28 +85,44 @@ def run_block(block: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _grams(block: nn.Module, linears: list[nn.Linear], states, rest) -> list[tuple[list[nn.Linear], Tensor]]:
-    """Linears that read the very same tensor, with its H."""
-    readers: dict[int, list[nn.Linear]] = {}
-    sums: dict[int, Tensor] = {}
-    seen: dict[int, tuple[Tensor, int]] = {}  # holds the tensor, so that its address is not used again
+class Grams:
+    """Within the context: of linears that read the very same tensor, H of what they read, float32 [in, in]. `begin`
+    comes before every pass, with the weight of each of its tokens (float32 [T, 1]; all alike by default)."""
 
-    def add(linear: nn.Linear, args: tuple) -> None:
+    def __init__(self, linears: Iterable[nn.Linear]):
+        self.linears = list(linears)
+        self._readers: dict[int, list[nn.Linear]] = {}
+        self._sums: dict[int, Tensor | float] = {}
+        self._seen: dict[int, tuple[Tensor, int]] = {}  # holds the tensor, so that its address is not used again
+        self._weight: Tensor | float = 1.0
+
+    def __enter__(self) -> "Grams":
+        self._hooks = [linear.register_forward_pre_hook(self._add) for linear in self.linears]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._seen.clear()
+
+    def begin(self, weight: Tensor | float = 1.0) -> None:
+        self._seen.clear()
+        self._weight = weight
+
+    def _add(self, linear: nn.Linear, args: tuple) -> None:
         x = args[0]
-        key = seen.get(id(x), (x, id(linear)))[1]
-        seen[id(x)] = (x, key)
-        if linear not in readers.setdefault(key, []):
-            readers[key].append(linear)
+        key = self._seen.get(id(x), (x, id(linear)))[1]
+        self._seen[id(x)] = (x, key)
+        if linear not in self._readers.setdefault(key, []):
+            self._readers[key].append(linear)
         if key == id(linear):
             rows = x.reshape(-1, x.shape[-1]).float()
-            sums[key] = sums.get(key, 0) + rows.T @ rows
+            self._sums[key] = self._sums.get(key, 0.0) + (rows * self._weight).T @ rows
 
-    hooks = [linear.register_forward_pre_hook(lambda module, args: add(module, args)) for linear in linears]
-    try:
-        for x, kwargs in zip(states, rest, strict=True):
-            run_block(block, x, kwargs)
-            seen.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [(readers[key], sums[key]) for key in readers]
+    def replace_(self, replace: Replace) -> None:
+        """`replace(W, H)` in the place of the weights, those that share an H as one matrix of all their rows."""
+        for key, linears in self._readers.items():
+            weight = replace(torch.cat([linear.weight for linear in linears]), self._sums[key])
+            parts = weight.split([linear.out_features for linear in linears])
+            for linear, part in zip(linears, parts, strict=True):
+                linear.weight.copy_(part)

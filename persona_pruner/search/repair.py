@@ -1,4 +1,4 @@
-"""Block-by-block repair: W_o and W_down of a pruned model refitted so that its stream comes back to the dense one's.
+"""Block-by-block repair: a pruned model refitted so that its stream comes back to the dense one's.
 
 Every block is fed what the pruned blocks before it give, so that it can take back a part of their error. With x the
 pruned stream before attention or FFN, g what the dense weights make of it, and s the dense stream behind it, the target
@@ -9,6 +9,9 @@ of the linear that writes into the stream is
 with A what enters that linear, and r = ridge * mean(diag A^T A), which pulls towards the weights as they are. share 0
 mends this block only, share 1 everything that went wrong so far. The idea of feeding the pruned stream and aiming at
 the dense one is that of GPTAQ (Li et al., 2025, asymmetric calibration), here for whole channels and in closed form.
+
+For weights that keep to a pattern (2:4), `replace(W', A^T A)` gives those of the pattern that are near W' in the metric
+of A^T A, as SparseGPT does; the linears that read the stream go through it before the one that writes is fitted.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +25,7 @@ from persona_pruner import models
 from persona_pruner.errors import InputError
 from persona_pruner.packing import Pack
 from persona_pruner.prefix_attention import prefix_attention
-from persona_pruner.search.layerwise import block_inputs, run_block
+from persona_pruner.search.layerwise import Grams, Replace, block_inputs, run_block
 
 SHARE = 0.5  # blacksmith, 25%, 190 answers: held-out KL 0.221; W_down alone by dense inputs 0.255; 1 gave 0.231
 TOKENS = 6144  # of a pack: nothing is held for a gradient here, and every pack computes the prompt anew
@@ -43,11 +46,17 @@ def ridge_solve(cross: Tensor, gram: Tensor, weight: Tensor, ridge: float) -> Te
 
 
 class _Tap:
-    """What enters a module and what it gives, of its last call."""
+    """Within the context: what enters a module and what it gives, of its last call."""
 
     def __init__(self, module: nn.Module):
-        self.entered = self.gave = torch.empty(0)
-        self.hook = module.register_forward_hook(self._note)
+        self.module, self.entered, self.gave = module, torch.empty(0), torch.empty(0)
+
+    def __enter__(self) -> "_Tap":
+        self.hook = self.module.register_forward_hook(self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.hook.remove()
 
     def _note(self, module: nn.Module, args: tuple, out: Tensor) -> None:
         self.entered, self.gave = args[0], out
@@ -84,8 +93,9 @@ class _Fit:
         self.gram = self.gram + weighted.T @ rows
         self.cross = self.cross + aim.T @ weighted
 
-    def solve_(self, ridge: float) -> None:
-        self.linear.weight.copy_(ridge_solve(self.cross, self.gram, self.linear.weight.float(), ridge))
+    def solve_(self, ridge: float, replace: Replace | None) -> None:
+        weight = ridge_solve(self.cross, self.gram, self.linear.weight.float(), ridge)
+        self.linear.weight.copy_(replace(weight, self.gram) if replace else weight)
 
 
 @dataclass
@@ -108,14 +118,20 @@ def repair_(
     ridge: float = 0.1,
     share: float | None = None,
     step: Callable[[int], None] = lambda done: None,
+    replace: Replace | None = None,
+    ffn_only: bool = False,
 ) -> nn.Module:
-    """Refits W_o and W_down of `slim`, in place: `dense` without some of its FFN channels, weights untouched.
+    """Refits W_o and W_down of `slim`, in place: `dense` without some of its FFN channels or none, weights untouched.
 
-    Three passes of the slim model and two of the dense one, block by block; states of all tokens of `packs` are held
-    (four times [tokens, hidden]). `step` is told of every block. `share` is `SHARE` by default, and 0 for models that
-    norm or scale what a block writes into the stream (Gemma 2 and 3, Granite), where the way back to the dense stream
-    is not the sum above. Raises InputError for another share with these, without data, and for
-    blocks without `self_attn.o_proj`.
+    `replace` is for a pattern of weights such as 2:4: every linear of the blocks goes through it, with `ffn_only` those
+    of the FFN alone (W_o is refitted all the same). `share` is `SHARE` by default, and 0 for models that norm or scale
+    what a block writes into the stream (Gemma 2 and 3, Granite), where the way back to the dense stream is not the sum
+    above. Three passes of the slim model and two of the dense one, block by block, with `replace` one more; states of
+    all tokens of `packs` are held (seven times [tokens, hidden], and [tokens, channels] of one block). `step` is told
+    of every block.
+
+    Raises InputError for another share with streams that have none, without data, and for blocks without
+    `self_attn.o_proj`.
     """
     if not packs:
         raise InputError("the repair needs examples")
@@ -134,45 +150,86 @@ def repair_(
                 raise InputError("a share of the dense stream needs blocks that add to it what W_o and W_down give")
             share = 0.0
         for number, (block, slim_block) in enumerate(blocks):
-            _repair_block_(block, slim_block, streams, rest[number], ridge, SHARE if share is None else share)
+            fitting = _Fitting(ridge, SHARE if share is None else share, replace, ffn_only)
+            fitting.block_(block, slim_block, streams, rest[number])
             step(1)
     return slim
 
 
 def _adds(block: nn.Module, x: Tensor, kwargs: dict) -> bool:
     """Whether the block gives x plus what o_proj and the MLP give, to the rounding of x's dtype."""
-    taps = _Tap(block.self_attn.o_proj), _Tap(block.mlp)
-    out = run_block(block, x, kwargs)
-    for tap in taps:
-        tap.hook.remove()
-    off = (x + taps[0].gave + taps[1].gave - out).float().abs().max()
+    with _Tap(block.self_attn.o_proj) as attention, _Tap(block.mlp) as ffn:
+        out = run_block(block, x, kwargs)
+        off = (x + attention.gave + ffn.gave - out).float().abs().max()
     return bool(off <= 8 * torch.finfo(x.dtype).eps * out.float().abs().max())
 
 
-def _repair_block_(
-    block: nn.Module, slim_block: nn.Module, streams: _Streams, rest: Sequence[dict], ridge: float, share: float
-) -> None:
-    """Refits one block and takes both streams behind it."""
-    taps = [_Tap(m) for m in (block.mlp, slim_block.mlp, slim_block.self_attn.o_proj, slim_block.mlp.down_proj)]
-    ffn, slim_ffn, attention, down = taps
-    behind = []
-    try:
-        fit = _Fit(slim_block.self_attn.o_proj)
-        for x, own, weight, kwargs in streams.walk(rest):
-            behind.append(run_block(block, x, kwargs))
-            with _without_ffn(slim_block):
-                off = behind[-1] - ffn.gave - run_block(slim_block, own, kwargs)
-            fit.add(attention.entered, attention.gave + share * off, weight)
-        fit.solve_(ridge)
+@dataclass
+class _Fitting:
+    """How a block is refitted: see the module."""
+
+    ridge: float
+    share: float
+    replace: Replace | None
+    ffn_only: bool
+
+    def block_(self, block: nn.Module, slim_block: nn.Module, streams: _Streams, rest: Sequence[dict]) -> None:
+        """Refits one block and takes both streams behind it."""
+        self._attention_(block, slim_block, streams, rest)
+        self._ffn_(block, slim_block, streams, rest)
+        streams.pruned = [run_block(slim_block, own, kwargs) for _, own, _, kwargs in streams.walk(rest)]
+
+    def _attention_(self, block, slim_block, streams: _Streams, rest: Sequence[dict]) -> None:
+        """W_o, before it what it reads from; `streams.dense` is then behind the block."""
+        writes = slim_block.self_attn.o_proj
+        replace = None if self.ffn_only else self.replace
+        behind, aims, entered = [], [], []
+        with _Tap(block.mlp) as ffn, _Tap(writes) as tap:
+            with Grams(_others(slim_block.self_attn, writes) if replace else ()) as grams:
+                for x, own, weight, kwargs in streams.walk(rest):
+                    behind.append(run_block(block, x, kwargs))
+                    grams.begin(weight)
+                    with _without_ffn(slim_block):
+                        off = behind[-1] - ffn.gave - run_block(slim_block, own, kwargs)
+                    aims.append(tap.gave + self.share * off)
+                    entered.append(tap.entered)
+            if replace:
+                grams.replace_(replace)
+                entered.clear()
+                for _, own, _, kwargs in streams.walk(rest):
+                    with _without_ffn(slim_block):
+                        run_block(slim_block, own, kwargs)
+                    entered.append(tap.entered)
+        self._fit_(writes, entered, aims, streams.weights, replace)
         streams.dense = behind
-        fit = _Fit(slim_block.mlp.down_proj)
-        for aim, own, weight, kwargs in streams.walk(rest):
-            middle = run_block(slim_block, own, kwargs) - slim_ffn.gave
-            entered = down.entered
-            whole = block.mlp(slim_ffn.entered)
-            fit.add(entered, whole + share * (aim - middle - whole), weight)
-        fit.solve_(ridge)
-    finally:
-        for tap in taps:
-            tap.hook.remove()
-    streams.pruned = [run_block(slim_block, own, kwargs) for _, own, _, kwargs in streams.walk(rest)]
+
+    def _ffn_(self, block, slim_block, streams: _Streams, rest: Sequence[dict]) -> None:
+        """W_down, before it what it reads from."""
+        mlp = slim_block.mlp
+        given, aims, entered = [], [], []
+        with _Tap(mlp) as whole, _Tap(mlp.down_proj) as tap:
+            with Grams(_others(mlp, mlp.down_proj) if self.replace else ()) as grams:
+                for aim, own, weight, kwargs in streams.walk(rest):
+                    grams.begin(weight)
+                    middle = run_block(slim_block, own, kwargs) - whole.gave
+                    given.append(whole.entered)
+                    dense = block.mlp(whole.entered)
+                    aims.append(dense + self.share * (aim - middle - dense))
+                    entered.append(tap.entered)
+            if self.replace:
+                grams.replace_(self.replace)
+                entered.clear()
+                for x in given:
+                    mlp(x)
+                    entered.append(tap.entered)
+        self._fit_(mlp.down_proj, entered, aims, streams.weights, self.replace)
+
+    def _fit_(self, linear: nn.Linear, entered, aims, weights, replace: Replace | None) -> None:
+        fit = _Fit(linear)
+        for rows, aim, weight in zip(entered, aims, weights, strict=True):
+            fit.add(rows, aim, weight)
+        fit.solve_(self.ridge, replace)
+
+
+def _others(module: nn.Module, but: nn.Linear) -> list[nn.Linear]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear) and m is not but]

@@ -15,7 +15,7 @@ from persona_pruner.search import masks as choice
 from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
 from persona_pruner.search.repair import TOKENS, repair_
-from persona_pruner.search.scores import Context, channel_scores
+from persona_pruner.search.scores import Context, channel_scores, everything
 from persona_pruner.workspace import Workspace
 
 RECOVERY_STEPS = 24
@@ -99,9 +99,10 @@ class Search:
         kept = self._kept(f"masks-{scope}-{ratio}", make, *start, asdict(settings))
         return [mask.bool() for mask in kept]
 
-    def repaired(self, masks: Sequence[Tensor], balanced: bool = False) -> nn.Module:
+    def repaired(self, masks: Sequence[Tensor], balanced: bool = False, **options) -> nn.Module:
+        """A cut and repaired copy; `options` are those of `repair_`."""
         packs = [*self.packs, *self.neutral] if balanced else self.packs
-        return repair_(slim_copy(self.model, masks), self.model, packs, self.config.ridge)
+        return repair_(slim_copy(self.model, masks), self.model, packs, self.config.ridge, **options)
 
 
 Method = Callable[[Search, float], nn.Module]
@@ -130,10 +131,12 @@ def _recovered(search: Search, ratio: float) -> nn.Module:
     return model
 
 
-def _two_four(search: Search, base: nn.Module, ffn_only: bool = False) -> nn.Module:
-    model = two_four.sparsegpt(Context(base, search.packs), ffn_only=ffn_only)
-    options = {"budget": search.config.budget, "seed": search.config.seed + 1}
-    recovery.distill_(model, search.examples, search.teacher(), DISTILL_STEPS, **options)
+def _two_four(search: Search, masks: Sequence[Tensor], ffn_only: bool = False, distilled: bool = True) -> nn.Module:
+    """Two of every four weights of what the masks leave, repaired, then distilled."""
+    model = search.repaired(masks, replace=two_four.sparsegpt_weight, ffn_only=ffn_only)
+    if distilled:
+        options = {"budget": search.config.budget, "seed": search.config.seed + 1}
+        recovery.distill_(model, search.examples, search.teacher(), DISTILL_STEPS, **options)
     return model
 
 
@@ -150,19 +153,23 @@ OWN: dict[str, tuple[Method, str]] = {
     ),
     "persona-balanced": (_balanced, "persona-global-scores with neutral prose among the data of scores and repair"),
     "persona-slim-2:4": (
-        lambda search, ratio: _two_four(search, sculpted(search, ratio)),
-        "persona, then two of every four of its weights as in persona-2:4",
+        lambda search, ratio: _two_four(search, search.masks(ratio, "layer")),
+        "the channels of persona, and two of every four of their weights as in persona-2:4",
     ),
     "persona-recovered": (_recovered, f"persona-global, then {RECOVERY_STEPS} steps of LoRA on KL, merged"),
 }
 OWN_24: dict[str, tuple[Method, str]] = {
     "persona-2:4": (
-        lambda search, ratio: _two_four(search, search.model),
-        f"SparseGPT on the persona's data, then {DISTILL_STEPS} steps of KL on the kept weights; all block linears",
+        lambda search, ratio: _two_four(search, everything(search.model)),
+        f"SparseGPT in the repair, then {DISTILL_STEPS} steps of KL on the kept weights; all block linears",
+    ),
+    "persona-2:4-repair": (
+        lambda search, ratio: _two_four(search, everything(search.model), distilled=False),
+        "the same without the steps",
     ),
     "persona-2:4-ffn": (
-        lambda search, ratio: _two_four(search, search.model, True),
-        "the same on the FFN's linears only, which is half of its bytes like half of its channels",
+        lambda search, ratio: _two_four(search, everything(search.model), ffn_only=True),
+        "persona-2:4 on the FFN's linears only, which is half of its bytes like half of its channels",
     ),
 }
 SHARED = "shared"

@@ -8,7 +8,7 @@ from persona_pruner.study.own import OWN, SHARED
 
 KINDS = {
     "channels": {*OWN, SHARED} - {"persona-slim-2:4"},
-    "2:4": {"persona-2:4"},
+    "2:4": {"persona-2:4", "persona-2:4-repair"},
     "2:4 of the FFN": {"persona-2:4-ffn"},
 }
 METRICS = ("kl", "nll_drop", "neutral_nll_drop", "rouge_l", "quiz", "judge_drop", "parameters", "seconds", "peak_bytes")
