@@ -255,9 +255,11 @@ def sculpt(
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
     found = "scores, search" if config.steps else "scores"
+    made_by = [found, "repair" if config.repair else "", "2:4" if config.format == "packed" else ""]
     other = "global" if config.scope == "layer" else "layer"
-    variants = [("persona-pruner", f"{found}, repair" if config.repair else found, masks, slim)]
-    if config.repair:
+    variants = [("persona-pruner", ", ".join(filter(None, made_by)), masks, slim)]
+    changed = config.repair or config.format == "packed"
+    if changed:
         variants.append(("persona-pruner, mask only", found, masks, model))
     if config.compare:
         spread = choice.choose(scores, config.ratio, other)
@@ -279,7 +281,7 @@ def sculpt(
         "settings": config.dump(),
     }
     product = {key: numbers["methods"][0][key] for key in ("kl", "nll_drop", "neutral_nll_drop")}
-    bare = next(row for row in numbers["methods"] if row["name"].endswith("mask only") or not config.repair)
+    bare = next(row for row in numbers["methods"] if row["name"].endswith("mask only") or not changed)
     file = PersonaFile.of(
         model,
         persona.name,
@@ -288,7 +290,7 @@ def sculpt(
         run.base,
         ratio=config.ratio,
         greeting=persona.greeting(),
-        metrics={"repaired": product if config.repair else None, "mask": {key: bare[key] for key in product}},
+        metrics={"repaired": product if changed else None, "mask": {key: bare[key] for key in product}},
     )
     result = SculptResult(file, slim, numbers, folder)
     if folder:

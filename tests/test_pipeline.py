@@ -365,6 +365,9 @@ def test_a_packed_checkpoint_takes_the_place_of_a_slim_one(tmp_path):
 
 def test_a_packed_checkpoint_without_repair_keeps_weights_as_they_are(tmp_path):
     result = sculpt(tmp_path, format="packed", repair=False)
+    rows = {row["name"]: row for row in result.metrics["methods"]}
+    assert rows["persona-pruner"]["kl"] > rows["persona-pruner, mask only"]["kl"]
+    assert result.persona_file.metrics["mask"]["kl"] == rows["persona-pruner, mask only"]["kl"]
     slim = slim_copy(tiny_model(), result.persona_file.masks)
     for name, layer in packed_layers(result.model).items():
         found, weight = layer.dequantize(), slim.get_submodule(name).weight

@@ -192,6 +192,9 @@ def test_headline_is_honest():
     assert "72.9% of the KL drop of the best baseline, wanda, is gone (0.313 against 1.154" in headline(0.3127)
     assert "25.6% larger than that of the best baseline, wanda (1.450 against 1.154" in headline(1.45)
     assert "the same as" in headline(1.154)
+    assert "channels removed and two of every four of the blocks' other weights, 72.9%" in headline(
+        0.3127, format="packed"
+    )
     alone = headline(0.3127, compare=False)
     assert "0.313" in alone and "no baseline was measured" in alone and "gone" not in alone
 

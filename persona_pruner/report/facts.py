@@ -134,6 +134,8 @@ def headline(metrics: dict) -> str:
     """The result in one sentence."""
     product, ratio = metrics["methods"][0], percent(metrics["run"]["settings"]["ratio"])
     begun = f"With {ratio} of the FFN channels removed"
+    if metrics["run"]["settings"]["format"] == "packed":
+        begun += " and two of every four of the blocks' other weights"
     name = best_baseline(metrics)
     if name is None:
         return (
