@@ -246,6 +246,19 @@ def test_odd_names(name):
     assert max(map(len, shown(metrics).splitlines())) <= 80
 
 
+def test_card_says_what_became_of_the_weights():
+    cards = {
+        (fmt, repair): report.model_card(numbers(format=fmt, repair=repair))
+        for fmt in ("slim", "packed")
+        for repair in (True, False)
+    }
+    assert "two of every four weights stay (SparseGPT, in the repair)" in cards["packed", True]
+    assert "two of every four weights stay (Wanda, the others as in the base model)" in cards["packed", False]
+    for repair in (True, False):
+        assert "All other weights are those of the base model" in cards["slim", repair]
+        assert "All other weights" not in cards["packed", repair]
+
+
 def test_card_head():
     metrics = numbers()
     card = report.model_card(metrics)

@@ -93,9 +93,13 @@ def _made(metrics: dict) -> str:
     )
     fitted = f"W_o and W_down refitted by least squares, block by block (ridge {settings.ridge})"
     repair = fitted if settings.repair else "no repair of the weights"
+    rest = "All other weights are those of the base model, with channels cut out."
+    if settings.format == "packed":
+        how = "SparseGPT, in the repair" if settings.repair else "Wanda, the others as in the base model"
+        rest = f"Of what the cut left in the blocks' linears, two of every four weights stay ({how})."
     return f"""{found["examples"]} questions with {found["tokens"]:,} answer tokens ({source}, {under}).
 Channel scores: {settings.start}; {search}; {repair}.
-All other weights are those of the base model, with channels cut out."""
+{rest}"""
 
 
 def model_card(metrics: dict) -> str:
