@@ -13,7 +13,7 @@ class SculptConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ratio: float = Field(0.25, gt=0, lt=1)
+    ratio: float = Field(0.25, ge=0, lt=1)
     scope: Literal["layer", "global"] = "layer"
     format: Literal["slim", "packed"] = Field("slim", description="plain checkpoint, or its linears packed 2:4")
     seed: int = Field(0, ge=0)
@@ -49,6 +49,8 @@ class SculptConfig(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        if not config.ratio and config.format != "packed":
+            raise InputError("setting ratio: 0 removes nothing; with format packed two of every four weights go")
         if config.format == "packed" and config.scope != "layer":
             raise InputError("format packed needs scope layer: a checkpoint has one width for all layers")
         return config

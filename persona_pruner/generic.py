@@ -16,6 +16,7 @@ from persona_pruner.evaluation import metrics
 from persona_pruner.nn import masked
 from persona_pruner.packing import text_packs
 from persona_pruner.search import masks as choice
+from persona_pruner.search.baselines import prune
 from persona_pruner.search.scores import Context, channel_scores
 from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.prompts import encode, prompt_ids
@@ -82,6 +83,10 @@ class Generic:
                 return self.neutral_nll_of(self.model)
 
         return masks, self._value(f"neutral-{name}", files.digest([key, ratio, self._neutral]), nll)
+
+    def pruned(self, name: str) -> nn.Module:
+        """A copy pruned by one of `search.baselines` that has one ratio, on generic calibration text; never stored."""
+        return prune(name, Context(self.model, text_packs(self._calibration)), 0.5)
 
     def _value(self, name: str, key: str, make: Callable):
         name = f"{name}-{key[:16]}"

@@ -20,7 +20,7 @@ from persona_pruner.persona import TEXT_SUFFIXES, Persona
 from persona_pruner.pipeline import made, sculpt
 from persona_pruner.progress import Progress
 from persona_pruner.report import index
-from persona_pruner.search.masks import kept_width
+from persona_pruner.search.masks import check_widths
 from persona_pruner.workspace import Workspace
 
 SHARED = "shared"
@@ -143,8 +143,7 @@ def _base(where: str, device: str, dtype: str, ratio: float, shared: Path | None
     sculpted on."""
     kind = str(models.resolve_dtype(dtype, device)).removeprefix("torch.")
     model, tokenizer = models.load_model(where, "cpu", kind)
-    for width in models.widths(model):
-        kept_width(width, ratio)
+    check_widths(models.widths(model), ratio)
     config = Path(where) / "config.json"
     if shared is None or device != "cpu" or not config.is_file():
         return where
@@ -242,7 +241,7 @@ def sculpt_many(
 
 def _summary(out: Path, rows: list[dict], model: str, config: SculptConfig) -> None:
     files.write_text(out / "summary.csv", index.csv_text(rows))
-    files.write_text(out / "index.html", index.html(rows, model, config.ratio))
+    files.write_text(out / "index.html", index.html(rows, model, config))
 
 
 def totals(rows: list[dict]) -> dict:

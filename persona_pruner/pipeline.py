@@ -34,12 +34,14 @@ from persona_pruner.search import ste
 from persona_pruner.search.baselines import two_four
 from persona_pruner.search.layerwise import replace_weights_
 from persona_pruner.search.repair import TOKENS, repair_
-from persona_pruner.search.scores import Context, channel_scores
+from persona_pruner.search.scores import Context, channel_scores, everything
 from persona_pruner.synthesis.generate import generate
 from persona_pruner.synthesis.prompts import prompt_ids, stop_ids
 from persona_pruner.workspace import Workspace
 
 BASELINES = ("magnitude", "wanda", "taylor")
+TWO_FOUR = "sparsegpt-2:4"  # the baseline where no channel goes
+MASK_ONLY = "persona-pruner, mask only"
 SAVE_EVERY = 8  # search steps between stored states
 ALWAYS = (f"persona{SUFFIX}", "run.yaml", "metrics.json", "report.html", "README.md")
 CHECKPOINTS = ("slim", "packed")
@@ -119,15 +121,36 @@ def _row(name: str, how: str, found: metrics.Fidelity, neutral: float, masks: li
     return {"name": name, "how": how, **asdict(found), "neutral_nll_drop": neutral, "kept": kept}
 
 
+def _variants(run: Run, masks: list[Tensor], scores: list[Tensor], slim: nn.Module) -> list[tuple]:
+    """What `_measure` measures of ours, and the published 2:4 model where no channel goes."""
+    config, model = run.config, run.model
+    if not config.ratio:
+        variants = [("persona-pruner", "repair, 2:4" if config.repair else "2:4", masks, slim)]
+        if config.compare:
+            variants.append((TWO_FOUR, "generic calibration", masks, run.generic.pruned(TWO_FOUR)))
+        return variants
+    found = "scores, search" if config.steps else "scores"
+    how = ", ".join([found, *["repair"] * config.repair, *["2:4"] * (config.format == "packed")])
+    variants = [("persona-pruner", how, masks, slim)]
+    if how != found:
+        variants.append((MASK_ONLY, found, masks, model))
+    if config.compare:
+        other = "global" if config.scope == "layer" else "layer"
+        spread = choice.choose(scores, config.ratio, other)
+        variants.append((f"persona-pruner, {other} widths", "scores", spread, model))
+    return variants
+
+
 def _measure(run: Run, reference: metrics.Reference, variants: list[tuple], slim: nn.Module, held_out: dict) -> dict:
     """The numbers of the report: `variants` are (name, how, masks, model: run.model for weights untouched), the product
     first."""
     rows, generic = [], run.generic
-    with run.progress.stage("numbers on held-out questions", len(variants) + len(BASELINES) + 1) as step:
+    names = BASELINES if run.config.compare and run.config.ratio else ()
+    with run.progress.stage("numbers on held-out questions", len(variants) + len(names) + 1) as step:
         dense_neutral = generic.neutral_nll()
         step(1)
         known = {}
-        for name in BASELINES if run.config.compare else ():
+        for name in names:
             masks, known[name] = generic.baseline(name, run.config.ratio, run.config.seed)
             how = "weights alone" if name == "magnitude" else "generic calibration"
             variants.append((name, how, masks, run.model))
@@ -137,7 +160,7 @@ def _measure(run: Run, reference: metrics.Reference, variants: list[tuple], slim
                 found = metrics.fidelity(model, reference)
             rows.append(_row(name, how, found, neutral - dense_neutral, masks))
             step(1)
-    baselines = [row for row in rows if row["name"] in BASELINES]
+    baselines = [row for row in rows if row["name"] in (*BASELINES, TWO_FOUR)]
     best = min(baselines, key=lambda row: row["kl"], default=None)
     out = {
         "parameters": {"dense": weights(run.model), "pruned": weights(slim)},
@@ -226,8 +249,7 @@ def sculpt(
     """
     config = SculptConfig.of(ratio=ratio, **settings)
     models.prepare(model)
-    for width in models.widths(model):
-        choice.kept_width(width, config.ratio)
+    choice.check_widths(models.widths(model), config.ratio)
     folder = Path(out) if out else None
     if folder and folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; the results need a folder")
@@ -238,9 +260,11 @@ def sculpt(
     held_out, calibration = stage_one(run)
     root = run.key([[example.prompt, example.answer] for example in calibration])
 
-    scores, targets = _scores(run, calibration, root)
-    start = files.digest([root, run.settings("start", "score_examples")])
-    masks, state = _search(run, calibration, scores, targets, start)
+    masks, state, scores = everything(model), ste.State([], [], []), []
+    if config.ratio:
+        scores, targets = _scores(run, calibration, root)
+        start = files.digest([root, run.settings("start", "score_examples")])
+        masks, state = _search(run, calibration, scores, targets, start)
 
     finished = files.digest([root, held_out, persona.name, persona.greeting(), run.base, config.dump()])
     whole = folder and all((folder / name).exists() for name in made(config))
@@ -254,16 +278,7 @@ def sculpt(
     if numbers:
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
-    found = "scores, search" if config.steps else "scores"
-    made_by = [found, "repair" if config.repair else "", "2:4" if config.format == "packed" else ""]
-    other = "global" if config.scope == "layer" else "layer"
-    variants = [("persona-pruner", ", ".join(filter(None, made_by)), masks, slim)]
-    changed = config.repair or config.format == "packed"
-    if changed:
-        variants.append(("persona-pruner, mask only", found, masks, model))
-    if config.compare:
-        spread = choice.choose(scores, config.ratio, other)
-        variants.append((f"persona-pruner, {other} widths", "scores", spread, model))
+    variants = _variants(run, masks, scores, slim)
     reference = metrics.dense_reference(model, run.examples(held_out["questions"], held_out["answers"]))
     numbers = _measure(run, reference, variants, slim, held_out)
     numbers["dialogue"] = _dialogue(run, slim, held_out["questions"][:3])
@@ -281,7 +296,10 @@ def sculpt(
         "settings": config.dump(),
     }
     product = {key: numbers["methods"][0][key] for key in ("kl", "nll_drop", "neutral_nll_drop")}
-    bare = next(row for row in numbers["methods"] if row["name"].endswith("mask only") or not changed)
+    bare = next((row for row in numbers["methods"] if row["name"] == MASK_ONLY), None)
+    untouched = bare is None and config.ratio  # the product is the mask
+    if bare is None:
+        bare = product if config.ratio else dict.fromkeys(product, 0.0)  # a mask that keeps all costs nothing
     file = PersonaFile.of(
         model,
         persona.name,
@@ -290,7 +308,7 @@ def sculpt(
         run.base,
         ratio=config.ratio,
         greeting=persona.greeting(),
-        metrics={"repaired": product if changed else None, "mask": {key: bare[key] for key in product}},
+        metrics={"repaired": None if untouched else product, "mask": {key: bare[key] for key in product}},
     )
     result = SculptResult(file, slim, numbers, folder)
     if folder:

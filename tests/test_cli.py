@@ -185,9 +185,9 @@ def refused(call, why, out, *arguments):
 
 
 SCULPTS = {
-    "ratio 0": (["--ratio", 0], "setting ratio: Input should be greater than 0"),
+    "ratio 0": (["--ratio", 0], "setting ratio: 0 removes nothing"),
     "ratio 1": (["--ratio", 1], "setting ratio: Input should be less than 1"),
-    "ratio -1": (["--ratio", -1], "setting ratio: Input should be greater than 0"),
+    "ratio -1": (["--ratio", -1], "setting ratio: Input should be greater than or equal to 0"),
     "ratio 1.5": (["--ratio", 1.5], "setting ratio: Input should be less than 1"),
     "ratio nan": (["--ratio", "nan"], "setting ratio"),
     "ratio 0.001": (["--ratio", 0.001], "removes none of 64 channels"),

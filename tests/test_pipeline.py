@@ -363,6 +363,25 @@ def test_a_packed_checkpoint_takes_the_place_of_a_slim_one(tmp_path):
     assert torch.equal(again.model(IDS).logits, result.model(IDS).logits)
 
 
+def test_two_of_four_alone(tmp_path):
+    result = sculpt(tmp_path, format="packed", ratio=0, compare=True, progress=(progress := Recorder()))
+    assert not [name for name in progress.stages if "scores" in name or "search" in name]
+    assert all(mask.all() for mask in result.persona_file.masks) and len(packed_layers(result.model)) == 21
+    product, published = result.metrics["methods"]
+    assert product["how"] == "repair, 2:4" and published["name"] == "sparsegpt-2:4"
+    assert 0 < product["kl"] < published["kl"]
+    assert result.metrics["headline"] == {
+        "baseline": "sparsegpt-2:4",
+        "kl_removed": pytest.approx(1 - product["kl"] / published["kl"]),
+    }
+    assert result.persona_file.metrics["mask"] == {"kl": 0, "nll_drop": 0, "neutral_nll_drop": 0}
+    assert "No channel was removed" in (tmp_path / "README.md").read_text()
+    again = sculpt(tmp_path, format="packed", ratio=0, compare=True, progress=(progress := Recorder()))
+    assert progress.stages == [] and torch.equal(again.model(IDS).logits, result.model(IDS).logits)
+    with pytest.raises(InputError, match="0 removes nothing"):
+        sculpt(tmp_path, ratio=0, scope="global")
+
+
 def test_a_packed_checkpoint_without_repair_keeps_weights_as_they_are(tmp_path):
     result = sculpt(tmp_path, format="packed", repair=False)
     rows = {row["name"]: row for row in result.metrics["methods"]}
@@ -387,7 +406,7 @@ def test_seeds_and_starts_find_other_masks(base):
 @pytest.mark.parametrize(
     "changes, why",
     [
-        ({"ratio": 0}, "setting ratio: .*greater than 0"),
+        ({"ratio": 0}, "setting ratio: 0 removes nothing"),
         ({"ratio": 1.0}, "setting ratio: .*less than 1"),
         ({"ratio": -1}, "setting ratio"),
         ({"ratio": 1.5}, "setting ratio"),

@@ -192,9 +192,8 @@ def test_headline_is_honest():
     assert "72.9% of the KL drop of the best baseline, wanda, is gone (0.313 against 1.154" in headline(0.3127)
     assert "25.6% larger than that of the best baseline, wanda (1.450 against 1.154" in headline(1.45)
     assert "the same as" in headline(1.154)
-    assert "channels removed and two of every four of the blocks' other weights, 72.9%" in headline(
-        0.3127, format="packed"
-    )
+    packed = headline(0.3127, format="packed")
+    assert "channels and two of every four other weights of the blocks removed, 72.9%" in packed
     alone = headline(0.3127, compare=False)
     assert "0.313" in alone and "no baseline was measured" in alone and "gone" not in alone
 
@@ -254,6 +253,8 @@ def test_card_says_what_became_of_the_weights():
     }
     assert "two of every four weights stay (SparseGPT, in the repair)" in cards["packed", True]
     assert "two of every four weights stay (Wanda, the others as in the base model)" in cards["packed", False]
+    alone = report.model_card(numbers(format="packed", ratio=0))
+    assert "No channel was removed; W_o" in alone and facts.FAIRNESS_24 in alone and facts.FAIRNESS not in alone
     for repair in (True, False):
         assert "All other weights are those of the base model" in cards["slim", repair]
         assert "All other weights" not in cards["packed", repair]

@@ -40,7 +40,9 @@ def sculpt(
     workers: Annotated[int, typer.Option(min=1, help="Cards at a time, for process and ray.")] = 1,
     retries: Annotated[int, typer.Option(min=0, help="How often a card that failed is tried again.")] = 1,
     model: Model = "smollm2-135m",
-    ratio: Annotated[float, typer.Option(help="Share of FFN channels to remove, between 0 and 1.")] = 0.25,
+    ratio: Annotated[
+        float, typer.Option(help="Share of FFN channels to remove; 0 with --format packed for 2:4 alone.")
+    ] = 0.25,
     scope: Annotated[
         str, typer.Option(help="layer: equal widths, a checkpoint for any engine; global: best mask.")
     ] = "layer",

@@ -91,21 +91,22 @@ def _made(metrics: dict) -> str:
     search = (
         f"{settings.steps} straight-through steps on {facts.LOSSES[settings.loss]}" if settings.steps else "no search"
     )
+    chosen = f"Channel scores: {settings.start}; {search}" if settings.ratio else "No channel was removed"
     fitted = f"W_o and W_down refitted by least squares, block by block (ridge {settings.ridge})"
     repair = fitted if settings.repair else "no repair of the weights"
     rest = "All other weights are those of the base model, with channels cut out."
     if settings.format == "packed":
         how = "SparseGPT, in the repair" if settings.repair else "Wanda, the others as in the base model"
-        rest = f"Of what the cut left in the blocks' linears, two of every four weights stay ({how})."
+        rest = f"Of what is left in the blocks' linears, two of every four weights stay ({how})."
     return f"""{found["examples"]} questions with {found["tokens"]:,} answer tokens ({source}, {under}).
-Channel scores: {settings.start}; {search}; {repair}.
+{chosen}; {repair}.
 {rest}"""
 
 
 def model_card(metrics: dict) -> str:
     """README.md with the YAML block of the Hugging Face hub. metrics: what `pipeline.sculpt` returns."""
     run = metrics["run"]
-    name, removed = _plain(run["persona"]), facts.percent(run["settings"]["ratio"])
+    name, removed = _plain(run["persona"]), facts.removed(run["settings"]["ratio"], run["settings"]["format"])
     head = {"base_model": _hub_name(run["model"])} if _hub_name(run["model"]) else {}
     head |= {
         "library_name": "transformers",
@@ -129,13 +130,13 @@ def model_card(metrics: dict) -> str:
             for row in facts.methods(metrics)
         ],
     )
-    fairness = f"{facts.FAIRNESS} " if facts.best_baseline(metrics) else ""
+    fairness = f"{facts.fairness(metrics)} " if facts.best_baseline(metrics) else ""
     # Each value on one line of its own: no text can start a line with the fence that ends the block.
     settings = _dump(run | {"persona": facts.one_line(run["persona"])}, float("inf"))
     return f"""---
 {_dump(head)}---
 
-# {name} on {_plain(run["model"])}, {removed} of the FFN channels removed
+# {name} on {_plain(run["model"])}, {removed} removed
 
 A language model cut down to play one character, made with persona-pruner {run["version"]} on {run["date"]}
 (method: Persona-Pruner, arXiv 2606.14695). {facts.headline(metrics)}

@@ -9,6 +9,7 @@ from persona_pruner.config import SculptConfig
 BASELINES = {
     "magnitude": "Euclidean norm of a channel's weights; no data",
     "wanda": "weight norm times input norm on generic text (structured Wanda)",
+    "sparsegpt-2:4": "two of every four weights by SparseGPT on generic text",
     "taylor": "first-order Taylor importance on generic text, as in LLM-Pruner",
 }
 LOSSES = {"kl": "KL to the dense model", "ce": "cross-entropy"}
@@ -16,6 +17,7 @@ FAIRNESS = (
     "Every method keeps the same number of channels. Baselines are masks without repair: for the choice of channels "
     "alone, compare them with a line of persona-pruner that has no repair."
 )
+FAIRNESS_24 = "Every method keeps all channels, and of the blocks' linears two of every four weights."
 DEFINITIONS = (
     ("Drop", "a metric of the pruned model minus the same metric of the dense model; 0 is no loss, lower is better."),
     (
@@ -28,7 +30,7 @@ DEFINITIONS = (
         "KL(dense ‖ pruned) of the next-token distributions at every answer token, mean in nats; 0 for the dense one.",
     ),
     ("Neutral NLL drop", "the drop in NLL on plain text without a persona: general ability."),
-    ("KL removed", "1 − KL of the pruned model / KL of the best baseline, at the same number of channels."),
+    ("KL removed", "1 − KL of the pruned model / KL of the best baseline, at the same size."),
     ("Held out", "no calibration question or answer shares eight words in a row with a held-out question or answer."),
     ("Tokens/s", "greedy decoding of one conversation by transformers, dense and pruned in turn, median of rounds."),
 )
@@ -130,26 +132,37 @@ def methods(metrics: dict) -> list[Method]:
     ]
 
 
+def removed(ratio: float, format: str) -> str:
+    """What a sculpt of these settings takes away."""
+    if not ratio:
+        return "two of every four weights of the blocks"
+    channels = f"{percent(ratio)} of the FFN channels"
+    return f"{channels} and two of every four other weights of the blocks" if format == "packed" else channels
+
+
+def fairness(metrics: dict) -> str:
+    """What the methods have in common."""
+    return FAIRNESS if metrics["run"]["settings"]["ratio"] else FAIRNESS_24
+
+
 def headline(metrics: dict) -> str:
     """The result in one sentence."""
-    product, ratio = metrics["methods"][0], percent(metrics["run"]["settings"]["ratio"])
-    begun = f"With {ratio} of the FFN channels removed"
-    if metrics["run"]["settings"]["format"] == "packed":
-        begun += " and two of every four of the blocks' other weights"
+    product, settings = metrics["methods"][0], metrics["run"]["settings"]
+    begun = f"With {removed(settings['ratio'], settings['format'])} removed"
     name = best_baseline(metrics)
     if name is None:
         return (
             f"{begun}, the KL to the dense model on held-out questions is {product['kl']:.3f} nats per token; "
             "no baseline was measured in this run."
         )
-    removed = metrics["headline"]["kl_removed"]
+    gone = metrics["headline"]["kl_removed"]
     other = next(row["kl"] for row in metrics["methods"] if row["name"] == name)
     figures = f"({product['kl']:.3f} against {other:.3f} nats per token on held-out questions)"
-    if abs(removed) < 0.005:
+    if abs(gone) < 0.005:
         return f"{begun}, the KL drop is the same as that of the best baseline, {name} {figures}."
-    if removed < 0:
-        return f"{begun}, the KL drop is {percent(-removed)} larger than that of the best baseline, {name} {figures}."
-    return f"{begun}, {percent(removed)} of the KL drop of the best baseline, {name}, is gone {figures}."
+    if gone < 0:
+        return f"{begun}, the KL drop is {percent(-gone)} larger than that of the best baseline, {name} {figures}."
+    return f"{begun}, {percent(gone)} of the KL drop of the best baseline, {name}, is gone {figures}."
 
 
 def held_out(metrics: dict) -> str:

@@ -4,6 +4,7 @@ import csv
 import io
 import statistics
 
+from persona_pruner.config import SculptConfig
 from persona_pruner.report import facts
 from persona_pruner.report.pages import template
 
@@ -27,14 +28,14 @@ def csv_text(rows: list[dict]) -> str:
     return out.getvalue()
 
 
-def html(rows: list[dict], model: str, ratio: float) -> str:
+def html(rows: list[dict], model: str, config: SculptConfig) -> str:
     """The page that links all reports; the rows are those of `many.sculpt_many`."""
     done = [row for row in rows if row["status"] == "done"]
     gains = [row["kl_removed"] for row in done if row.get("kl_removed") is not None]
     return template("index.html").render(
         rows=rows,
         model=model,
-        removed=facts.percent(ratio),
+        removed=facts.removed(config.ratio, config.format),
         done=len(done),
         failed=sum(row["status"] == "failed" for row in rows),
         bytes=sum(row["bytes"] for row in done),

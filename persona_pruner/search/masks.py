@@ -32,6 +32,12 @@ def kept_width(width: int, ratio: float, multiple: int = MULTIPLE) -> int:
     return keep
 
 
+def check_widths(widths: Sequence[int], ratio: float) -> None:
+    """Raises what `kept_width` raises for one of these; a ratio of 0 is for weights alone and fits all."""
+    for width in widths if ratio else ():
+        kept_width(width, ratio)
+
+
 def top_k(scores: Tensor, keep: int) -> Tensor:
     """bool mask of the `keep` largest scores; among equals the first. NaN scores count as lowest."""
     order = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(descending=True, stable=True)
