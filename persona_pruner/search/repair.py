@@ -149,8 +149,8 @@ def repair_(
             if share:
                 raise InputError("a share of the dense stream needs blocks that add to it what W_o and W_down give")
             share = 0.0
+        fitting = _Fitting(ridge, SHARE if share is None else share, replace, ffn_only)
         for number, (block, slim_block) in enumerate(blocks):
-            fitting = _Fitting(ridge, SHARE if share is None else share, replace, ffn_only)
             fitting.block_(block, slim_block, streams, rest[number])
             step(1)
     return slim
