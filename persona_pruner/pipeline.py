@@ -237,7 +237,7 @@ def sculpt(
     Args:
         model, tokenizer: a causal LM of transformers with gated MLPs, and its tokenizer; the model is left as it is.
         persona: who to play.
-        ratio: share of FFN channels to remove, in (0, 1).
+        ratio: share of FFN channels to remove, in [0, 1); 0 is for format packed alone.
         out: folder for the artefacts; a second run with the same arguments goes on where the first stopped.
         base: name of the model in what is written, by default the one it was loaded by.
         progress: who is told of stages; silent by default.

@@ -251,9 +251,11 @@ def test_scores_are_input_norms():
     for name, module in block_linears(model).items():
         module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
     plain = copy.deepcopy(model)
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     with input_norms(model) as norms:
         model(IDS)
         model(IDS[:1, :5])
+    assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
     assert norms.keys() == seen.keys()
     for name, inputs in seen.items():
         wanted = torch.cat([x.flatten(0, -2) for x in inputs]).double().norm(dim=0)
