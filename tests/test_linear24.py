@@ -75,6 +75,23 @@ def test_selection_by_hand(backend, dtype, scaled):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selection_among_ties_infinities_and_negative_scales(backend, dtype):
+    torch.manual_seed(5)
+    for k in (4, 8, 12, 16, 28, 132):
+        weight = torch.randint(-2, 3, (9, k)).to(dtype)
+        weight[weight == 0] = -0.0
+        weight[0, 0] = torch.inf
+        scale = torch.randint(-1, 2, (k,)).float()
+        scale[0] = -1
+        for given in (None, scale):
+            values, meta = ops.select24(weight, given, backend=backend)
+            want_values, want_meta = by_hand(weight, given)
+            assert torch.equal(meta, want_meta)
+            assert torch.equal(values.view(torch.uint8), want_values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_selection_refuses_nan_and_odd_widths(backend):
     weight = torch.ones(4, 8)
     weight[2, 5] = torch.nan

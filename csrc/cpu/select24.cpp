@@ -1,6 +1,7 @@
 // select24: the best two of each four weights of a row by abs(w) * scale, packed in one pass.
-// Least traffic: read W, write 9/16 of it (bf16). A block of 64 groups goes through the vector unit in
-// float32 (scores, six comparisons, positions), then the kept weights move as raw bits.
+// Least traffic: read W, write 9/16 of it (bf16). Sixteen weights at a time: three turns of a group against itself tell
+// how many of the others beat a weight, and the sixteen answers are a mask that says what is kept and where it stood.
+#include <array>
 #include <atomic>
 
 #include "op.h"
@@ -11,58 +12,102 @@ namespace {
 
 using namespace pp;
 
-constexpr int kGroups = 64;  // a block: 1 KB of scores, all of it in L1
+constexpr int kBlock = 16;  // two bytes of meta
 
-// Scores of `cols` weights, in natural order; true if one of them is NaN.
-template <class T>
-bool score(const T* w, const float* scale, int cols, float* out) {
-  VecI nan{};
-  for (int c = 0; c < cols; c += kLanes) {
-    const int n = std::min(kLanes, cols - c);
-    const VecF v = n == kLanes ? load(w + c) : load(w + c, n);
-    VecF s = (VecF)((VecU)v & 0x7fffffffu);
-    if (scale) s *= n == kLanes ? load(scale + c) : load(scale + c, n);
-    nan |= s != s;
-    std::memcpy(out + c, &s, n * sizeof(float));
-  }
-  int any = 0;
-  for (int i = 0; i < kLanes; ++i) any |= nan[i];
-  return any != 0;
+// Lane numbers of every group turned left by `by`.
+VecI turned(int by) {
+  VecI lanes{};
+  for (int i = 0; i < kLanes; ++i) lanes[i] = (i & ~3) | ((i + by) & 3);
+  return lanes;
 }
 
-// position[g] = idx0 | idx1 << 2 of the two highest of s[4g .. 4g + 3]; a tie goes to the lower index.
-void best_two(const float* s, int groups, uint8_t* position) {
-  for (int g = 0; g < groups; ++g) {
-    const float a = s[4 * g], b = s[4 * g + 1], c = s[4 * g + 2], d = s[4 * g + 3];
-    const int ab = a >= b, ac = a >= c, ad = a >= d, bc = b >= c, bd = b >= d, cd = c >= d;
-    const int keep_a = ab + ac + ad >= 2, keep_b = 1 - ab + bc + bd >= 2;
-    const int keep_c = 2 - ac - bc + cd >= 2, keep_d = 3 - ad - bd - cd >= 2;
-    const int low = keep_a ? 0 : keep_b ? 1 : 2;
-    const int high = keep_d ? 3 : keep_c ? 2 : 1;
-    position[g] = static_cast<uint8_t>(low | high << 2);
+// -1 in lane i where fewer than two of its group beat it: by a higher score, or by an equal one further left.
+VecI best_two(VecF score) {
+  const VecI bits = (VecI)(score + splat(0.0f));        // -0.0 becomes 0.0, which it ties with
+  const VecI key = bits ^ ((bits >> 31) & 0x7fffffff);  // integers in the order of the floats
+  VecI lost{};
+  for (int by = 1; by < 4; ++by) {
+    const VecI from = turned(by);
+    const VecI left = from < turned(0);  // -1 where the other stands further left
+    lost += __builtin_shuffle(key, from) - left > key;
+  }
+  return lost > -2;
+}
+
+unsigned mask_of(VecI lanes) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)lanes);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)lanes);
+#else
+  unsigned mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (lanes[i] & 1u) << i;
+  return mask;
+#endif
+}
+
+// Bit i: whether weight i of the first n of a block is kept. Past n stand zeros, of whose groups the first two are.
+template <class T>
+unsigned kept(const T* w, const float* scale, int n, VecI& nan) {
+  unsigned mask = 0;
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const int here = std::max(0, std::min(kLanes, n - i));
+    VecF score = (VecF)((VecU)(here == kLanes ? load(w + i) : load(w + i, here)) & 0x7fffffffu);
+    if (scale) score *= here == kLanes ? load(scale + i) : load(scale + i, here);
+    nan |= score != score;
+    mask |= mask_of(best_two(score)) << i;
+  }
+  return mask;
+}
+
+// The two nibbles `idx0 | idx1 << 2` of two groups, by the eight bits that say what is kept.
+constexpr std::array<uint8_t, 256> kPlaces = [] {
+  std::array<uint8_t, 256> places{};
+  for (int mask = 0; mask < 256; ++mask) {
+    for (int group = 0; group < 2; ++group) {
+      int nibble = 0, count = 0;
+      for (int i = 0; i < 4; ++i) {
+        if (mask >> (4 * group + i) & 1 && count < 2) nibble |= i << (2 * count++);
+      }
+      places[mask] |= static_cast<uint8_t>(nibble << (4 * group));
+    }
+  }
+  return places;
+}();
+
+template <class T>
+void gather(const T* w, unsigned mask, int n, T* values) {
+#if defined(__AVX512VL__)
+  if (n == kBlock) {
+    if constexpr (sizeof(T) == 4) {
+      const __m512i all = _mm512_maskz_compress_epi32(mask, load_raw<__m512i>(w));
+      std::memcpy(values, &all, 32);
+    } else {
+      const __m512i all = _mm512_maskz_compress_epi32(mask, (__m512i)widened(load_raw<VecH>(w)));
+      const __m128i half = _mm256_cvtepi32_epi16(_mm512_castsi512_si256(all));
+      std::memcpy(values, &half, 16);
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < n; i += 4) {
+    const int places = kPlaces[mask >> i & 15];
+    *values++ = w[i + (places & 3)];
+    *values++ = w[i + (places >> 2 & 3)];
   }
 }
 
 template <class T>
 bool select_row(const T* w, const float* scale, T* values, uint8_t* meta, int64_t cols) {
-  bool nan = false;
-  float s[4 * kGroups];
-  uint8_t position[kGroups + 1];
-  for (int64_t c = 0; c < cols; c += 4 * kGroups) {
-    const int groups = static_cast<int>(std::min<int64_t>(kGroups, (cols - c) / 4));
-    nan |= score(w + c, scale ? scale + c : nullptr, 4 * groups, s);
-    best_two(s, groups, position);
-    position[groups] = 4;  // fills the unused nibble when K % 8 == 4
-    const T* from = w + c;
-    T* to = values + c / 2;
-    for (int g = 0; g < groups; ++g) {
-      to[2 * g] = from[4 * g + (position[g] & 3)];
-      to[2 * g + 1] = from[4 * g + (position[g] >> 2)];
-    }
-    uint8_t* bytes = meta + c / 8;
-    for (int g = 0; g < groups; g += 2) bytes[g / 2] = static_cast<uint8_t>(position[g] | position[g + 1] << 4);
+  VecI nan{};
+  for (int64_t c = 0; c < cols; c += kBlock) {
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, cols - c));
+    const unsigned mask = kept(w + c, scale ? scale + c : nullptr, n, nan);
+    gather(w + c, mask, n, values + c / 2);
+    meta[c / 8] = kPlaces[mask & 255];
+    if (n > 8) meta[c / 8 + 1] = kPlaces[mask >> 8];
   }
-  return nan;
+  return mask_of(nan) != 0;
 }
 
 // weight [rows, cols], scale float32 [cols] or null, values [rows, cols / 2], meta [rows, ceil(cols / 8)], all

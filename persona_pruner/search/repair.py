@@ -46,7 +46,7 @@ def ridge_solve(cross: Tensor, gram: Tensor, weight: Tensor, ridge: float) -> Te
 
 
 class _Tap:
-    """Within the context: what enters a module and what it gives, of its last call."""
+    """Within the context: what enters a module (its first argument) and what it gives, of its last call."""
 
     def __init__(self, module: nn.Module):
         self.module, self.entered, self.gave = module, torch.empty(0), torch.empty(0)
@@ -59,22 +59,31 @@ class _Tap:
         self.hook.remove()
 
     def _note(self, module: nn.Module, args: tuple, out: Tensor) -> None:
-        self.entered, self.gave = args[0], out
+        self.gave = out
+        if args:  # attention is called with keywords only
+            self.entered = args[0]
 
 
-class _Silent(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
+class _Constant(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, *_, **__):
+        return self.value
 
 
 @contextmanager
-def _without_ffn(block: nn.Module):
-    """Within the context the block's FFN gives zeros: what it would give is not needed, and costs most of a block."""
-    mlp, block.mlp = block.mlp, _Silent()
+def _standing_in(block: nn.Module, **values):
+    """Within the context the named parts of a block (self_attn, mlp) are not computed: they give these values."""
+    parts = {name: getattr(block, name) for name in values}
     try:
+        for name, value in values.items():
+            setattr(block, name, _Constant(value))
         yield
     finally:
-        block.mlp = mlp
+        for name, part in parts.items():
+            setattr(block, name, part)
 
 
 class _Fit:
@@ -126,9 +135,9 @@ def repair_(
     `replace` is for a pattern of weights such as 2:4: every linear of the blocks goes through it, with `ffn_only` those
     of the FFN alone (W_o is refitted all the same). `share` is `SHARE` by default, and 0 for models that norm or scale
     what a block writes into the stream (Gemma 2 and 3, Granite), where the way back to the dense stream is not the sum
-    above. Three passes of the slim model and two of the dense one, block by block, with `replace` one more; states of
-    all tokens of `packs` are held (seven times [tokens, hidden], and [tokens, channels] of one block). `step` is told
-    of every block.
+    above. One pass of the slim model and one of the dense one, block by block, the dense FFN once more, and with
+    `replace` another pass of the slim one; states of all tokens of `packs` are held (seven times [tokens, hidden], and
+    [tokens, channels] of one block). `step` is told of every block.
 
     Raises InputError for another share with streams that have none, without data, and for blocks without
     `self_attn.o_proj`.
@@ -174,55 +183,66 @@ class _Fitting:
     ffn_only: bool
 
     def block_(self, block: nn.Module, slim_block: nn.Module, streams: _Streams, rest: Sequence[dict]) -> None:
-        """Refits one block and takes both streams behind it."""
-        self._attention_(block, slim_block, streams, rest)
-        self._ffn_(block, slim_block, streams, rest)
-        streams.pruned = [run_block(slim_block, own, kwargs) for _, own, _, kwargs in streams.walk(rest)]
+        """Refits one block and takes both streams behind it. What attention and FFN give is kept and handed on, so
+        that neither is computed again once its last linear is fitted."""
+        attention = self._attention_(block, slim_block, streams, rest)
+        ffn = self._ffn_(block, slim_block, streams, rest, attention)
+        for number, (given, kwargs) in enumerate(zip(attention, rest, strict=True)):
+            with _standing_in(slim_block, self_attn=given, mlp=ffn[number]):
+                streams.pruned[number] = run_block(slim_block, streams.pruned[number], kwargs)
 
-    def _attention_(self, block, slim_block, streams: _Streams, rest: Sequence[dict]) -> None:
-        """W_o, before it what it reads from; `streams.dense` is then behind the block."""
-        writes = slim_block.self_attn.o_proj
+    def _attention_(self, block, slim_block, streams: _Streams, rest: Sequence[dict]) -> list[tuple]:
+        """Refits W_o, before it what it reads from; `streams.dense` is then behind the block. What the slim block's
+        attention gives for every pack."""
+        attention = slim_block.self_attn
+        writes = attention.o_proj
         replace = None if self.ffn_only else self.replace
         behind, aims, entered = [], [], []
-        with _Tap(block.mlp) as ffn, _Tap(writes) as tap:
-            with Grams(_others(slim_block.self_attn, writes) if replace else ()) as grams:
+
+        def without_ffn(own: Tensor, kwargs: dict) -> Tensor:
+            with _standing_in(slim_block, mlp=torch.zeros_like(own)):
+                return run_block(slim_block, own, kwargs)
+
+        with _Tap(block.mlp) as ffn, _Tap(writes) as tap, _Tap(attention) as whole:
+            with Grams(_others(attention, writes) if replace else ()) as grams:
                 for x, own, weight, kwargs in streams.walk(rest):
                     behind.append(run_block(block, x, kwargs))
                     grams.begin(weight)
-                    with _without_ffn(slim_block):
-                        off = behind[-1] - ffn.gave - run_block(slim_block, own, kwargs)
+                    off = behind[-1] - ffn.gave - without_ffn(own, kwargs)
                     aims.append(tap.gave + self.share * off)
                     entered.append(tap.entered)
             if replace:
                 grams.replace_(replace)
                 entered.clear()
                 for _, own, _, kwargs in streams.walk(rest):
-                    with _without_ffn(slim_block):
-                        run_block(slim_block, own, kwargs)
+                    without_ffn(own, kwargs)
                     entered.append(tap.entered)
         self._fit_(writes, entered, aims, streams.weights, replace)
         streams.dense = behind
+        return [(writes(rows), *whole.gave[1:]) for rows in entered]
 
-    def _ffn_(self, block, slim_block, streams: _Streams, rest: Sequence[dict]) -> None:
-        """W_down, before it what it reads from."""
+    def _ffn_(self, block, slim_block, streams: _Streams, rest: Sequence[dict], attention: list[tuple]) -> list[Tensor]:
+        """Refits W_down, before it what it reads from. What the slim block's FFN gives for every pack."""
         mlp = slim_block.mlp
-        given, aims, entered = [], [], []
+        read, aims, entered = [], [], []
         with _Tap(mlp) as whole, _Tap(mlp.down_proj) as tap:
             with Grams(_others(mlp, mlp.down_proj) if self.replace else ()) as grams:
-                for aim, own, weight, kwargs in streams.walk(rest):
+                for (aim, own, weight, kwargs), given in zip(streams.walk(rest), attention, strict=True):
                     grams.begin(weight)
-                    middle = run_block(slim_block, own, kwargs) - whole.gave
-                    given.append(whole.entered)
+                    with _standing_in(slim_block, self_attn=given):
+                        middle = run_block(slim_block, own, kwargs) - whole.gave
+                    read.append(whole.entered)
                     dense = block.mlp(whole.entered)
                     aims.append(dense + self.share * (aim - middle - dense))
                     entered.append(tap.entered)
             if self.replace:
                 grams.replace_(self.replace)
                 entered.clear()
-                for x in given:
+                for x in read:
                     mlp(x)
                     entered.append(tap.entered)
         self._fit_(mlp.down_proj, entered, aims, streams.weights, self.replace)
+        return [mlp.down_proj(rows) for rows in entered]
 
     def _fit_(self, linear: nn.Linear, entered, aims, weights, replace: Replace | None) -> None:
         fit = _Fit(linear)
