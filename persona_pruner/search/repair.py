@@ -187,8 +187,8 @@ class _Fitting:
         that neither is computed again once its last linear is fitted."""
         attention = self._attention_(block, slim_block, streams, rest)
         ffn = self._ffn_(block, slim_block, streams, rest, attention)
-        for number, (given, kwargs) in enumerate(zip(attention, rest, strict=True)):
-            with _standing_in(slim_block, self_attn=given, mlp=ffn[number]):
+        for number, kwargs in enumerate(rest):
+            with _standing_in(slim_block, self_attn=attention[number], mlp=ffn[number]):
                 streams.pruned[number] = run_block(slim_block, streams.pruned[number], kwargs)
 
     def _attention_(self, block, slim_block, streams: _Streams, rest: Sequence[dict]) -> list[tuple]:
