@@ -18,6 +18,7 @@ class SculptConfig(BaseModel):
     format: Literal["slim", "packed"] = Field("slim", description="plain checkpoint, or its linears packed 2:4")
     seed: int = Field(0, ge=0)
 
+    minutes: float | None = Field(None, gt=0, description="sizes below are made smaller until a sculpt takes no longer")
     own_questions: int = Field(192, ge=0, description="questions the base model writes for the persona")
     bank_questions: int = Field(64, ge=0, description="most persona-sensitive questions kept of the bank")
     bank_candidates: int = Field(128, ge=0, description="bank questions whose sensitivity is measured")

@@ -36,7 +36,8 @@ class Generic:
         return [encode(self.tokenizer, text) for text in bank.passages("neutral")]
 
     @cached_property
-    def _calibration(self) -> list[list[int]]:
+    def calibration(self) -> list[list[int]]:
+        """Token ids of the texts that baselines are calibrated on."""
         return [encode(self.tokenizer, text) for text in bank.passages("calibration")]
 
     @property
@@ -68,10 +69,10 @@ class Generic:
 
     def baseline(self, name: str, ratio: float, seed: int) -> tuple[list[Tensor], float]:
         """The masks of a baseline on generic calibration text, equal widths, and its NLL on the neutral texts."""
-        key = files.digest([self.root, name, seed, self._calibration])
+        key = files.digest([self.root, name, seed, self.calibration])
 
         def make() -> dict[str, Tensor]:
-            scores = channel_scores(name, Context(self.model, text_packs(self._calibration), seed))
+            scores = channel_scores(name, Context(self.model, text_packs(self.calibration), seed))
             return {str(layer): score for layer, score in enumerate(scores)}
 
         stored = self._tensors(f"baseline-{name}", key, make)
@@ -86,7 +87,7 @@ class Generic:
 
     def pruned(self, name: str) -> nn.Module:
         """A copy pruned by one of `search.baselines` that has one ratio, on generic calibration text; never stored."""
-        return prune(name, Context(self.model, text_packs(self._calibration)), 0.5)
+        return prune(name, Context(self.model, text_packs(self.calibration)), 0.5)
 
     def _value(self, name: str, key: str, make: Callable):
         name = f"{name}-{key[:16]}"

@@ -5,12 +5,13 @@ hash of its inputs.
 """
 
 import random
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
-from persona_pruner import __version__, files, models
+from persona_pruner import __version__, files, models, pace
 from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError
 from persona_pruner.generic import Generic
@@ -22,7 +23,7 @@ from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.generate import generate
 from persona_pruner.synthesis.overlap import HeldOut
 from persona_pruner.synthesis.own import own_questions
-from persona_pruner.synthesis.prompts import examples, prompt_ids, stop_ids
+from persona_pruner.synthesis.prompts import encode, examples, prompt_ids, stop_ids
 from persona_pruner.synthesis.sensitivity import REFERENCES, sensitivity
 from persona_pruner.workspace import Workspace
 
@@ -47,6 +48,7 @@ class Run:
     sources: dict[str, list[bank.Question]] = field(init=False, repr=False)  # of the files that the settings name
 
     def __post_init__(self):
+        self.begun = time.perf_counter()
         named = (*self.config.questions, self.config.eval_questions)
         self.sources = {name: bank.load_questions(name) for name in named if name}
         self.system = self.persona.system_prompt()
@@ -160,10 +162,28 @@ def _answers(run: Run, questions: dict, before: str) -> list[list[int]]:
     return found
 
 
+def _paced(run: Run) -> SculptConfig:
+    """The settings with sizes that fit `minutes`; stored, so that a run that goes on has the same."""
+
+    def make() -> int:
+        prompt = len(encode(run.tokenizer, run.system))
+        second = pace.second_per_token(run.model, run.generic.calibration[: pace.PASSAGES], run.config.seed)
+        left = run.config.minutes * 60 - (time.perf_counter() - run.begun)
+        eighths, takes = pace.fit(run.config, prompt, second, left)
+        if eighths < pace.EIGHTHS or takes > left:
+            share = f"{eighths}/{pace.EIGHTHS} of the questions and steps" if eighths < pace.EIGHTHS else "the rest"
+            run.progress.note(f"{share} will take about {takes / 60:.1f} min of the {left / 60:.1f} that are left")
+        return eighths
+
+    return pace.scaled(run.config, run.work.value("pace", run.key(run.config.dump()), make))
+
+
 def stage_one(run: Run) -> tuple[dict, list[Example]]:
     """The held-out questions with their answers, and the calibration examples, none of which shares eight words with
-    them."""
+    them. With `minutes` the run's settings become those that fit."""
     held_out = _held_out(run)
+    if run.config.minutes:
+        run.config = _paced(run)
     guard = HeldOut([*held_out["questions"], *map(run.text, held_out["answers"])])
     questions = _questions(run, guard, run.key(held_out))
     answers = _answers(run, questions, run.key(held_out))

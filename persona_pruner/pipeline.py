@@ -258,6 +258,7 @@ def sculpt(
     run = Run(model, tokenizer, persona, models.base_name(model, base), config, work, progress, shared)
 
     held_out, calibration = stage_one(run)
+    config = run.config
     root = run.key([[example.prompt, example.answer] for example in calibration])
 
     masks, state, scores = everything(model), ste.State([], [], []), []

@@ -52,6 +52,9 @@ def sculpt(
     seed: int = 0,
     repair: Annotated[bool, typer.Option(help="Refit W_o and W_down of the cut model, block by block.")] = True,
     compare: Annotated[bool, typer.Option(help="Measure baselines and speed as well.")] = True,
+    minutes: Annotated[
+        float | None, typer.Option(help="Fewer questions and steps where a character would take longer than this.")
+    ] = None,
     questions: Annotated[
         list[str] | None, typer.Option(help="More questions: Alpaca, ShareGPT, a dataset; repeatable.")
     ] = None,
@@ -79,7 +82,7 @@ def sculpt(
         raise InputError("--engine and --workers belong to --cards")
     settings = {"ratio": ratio, "scope": scope, "seed": seed, "repair": repair, "compare": compare, "answers": answers}
     settings |= {"format": format_, "questions": tuple(questions or ()), "eval_questions": eval_questions}
-    settings |= parse_settings(set_)
+    settings |= {"minutes": minutes} | parse_settings(set_)
     SculptConfig.of(**settings)
     if cards is not None:
         where = {"model": model, "device": device, "dtype": dtype, "hub": hub}

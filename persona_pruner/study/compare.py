@@ -55,6 +55,8 @@ class Study:
     materials: dict[tuple[int, int], Material] = field(default_factory=dict)
 
     def __post_init__(self):
+        if self.settings.get("minutes"):
+            raise InputError("a study needs the same sizes on every machine; minutes is a setting of sculpt")
         models.prepare(self.model)
         self.names = list(self.personas)
         weights = [p.flatten()[:16].float().tolist() for p in self.model.parameters()]
