@@ -102,6 +102,35 @@ def test_the_model_comes_back_after_an_error():
     assert torch.equal(model(IDS).logits, before)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_means_in_the_place_of_what_is_dropped(family):  # in Llama's there are biases already
+    model = tiny_model(family)
+    masks = random_masks(model)
+    means = [torch.randn(64) for _ in masks]
+    plain, before = copy.deepcopy(model), model(IDS).logits
+    for layer, mask, mean in zip(models.gated_mlps(plain), masks, means, strict=True):
+        layer.down_proj.register_forward_pre_hook(lambda _, args, m=mask, c=mean: (torch.where(m, args[0], c),))
+    wanted = plain(IDS).logits
+    with masked(model, masks, means=means):
+        assert (model(IDS).logits - wanted).abs().max() < 1e-5
+    slimmed = slim_copy(model, masks, means)
+    assert (slimmed(IDS).logits - wanted).abs().max() < 1e-5 and torch.equal(model(IDS).logits, before)
+    assert models.widths(slimmed) == [int(mask.sum()) for mask in masks]
+
+
+def test_the_gradient_of_a_mask_with_means():
+    model = tiny_model()
+    masks, x = random_masks(model), torch.randn(7, 32, dtype=torch.float64)
+    mlp, mask, mean = copy.deepcopy(models.gated_mlps(model)[1]).double(), masks[1].double(), torch.randn(64).double()
+    plain = lambda m: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) * m + mean * (1 - m))  # noqa: E731
+    grads = []
+    for forward in (plain, lambda m: MaskedMLP(mlp, m, "silu", means=mean)(x)):
+        leaf = mask.clone().requires_grad_()
+        forward(leaf).square().sum().backward()
+        grads.append(leaf.grad)
+    assert (grads[0] - grads[1]).abs().max() < 1e-4 * grads[0].abs().max()
+
+
 def test_the_mask_is_differentiable_and_dropped_channels_have_a_gradient():
     model = tiny_model()
     leaves = [mask.float().requires_grad_() for mask in random_masks(model)]

@@ -31,6 +31,7 @@ ORDER = [
     {"runtime", "workspace", "doctor", "testing"},
     {"evaluation"},
     {"report", "generic"},
+    {"pace"},
     {"material"},
     {"pipeline"},
     {"many", "serve"},

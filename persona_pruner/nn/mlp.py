@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from persona_pruner import models
@@ -15,14 +16,21 @@ class MaskedMLP(nn.Module):
     """A gated MLP whose channels are multiplied by a mask: down(act(gate(x)) * up(x) * mask).
 
     Shares the weights of `mlp`. `mask` is bool or float32 [C]; `taylor` and `fisher`, float32 [C], gather
-    channel scores during the backward pass (see `ops.masked_swiglu`).
+    channel scores during the backward pass (see `ops.masked_swiglu`). With `means`, float32 [C], a dropped channel
+    gives its mean instead of nothing: down(act(gate(x)) * up(x) * mask + means * (1 - mask)).
     """
 
     def __init__(
-        self, mlp: nn.Module, mask: Tensor, act: str, taylor: Tensor | None = None, fisher: Tensor | None = None
+        self,
+        mlp: nn.Module,
+        mask: Tensor,
+        act: str,
+        taylor: Tensor | None = None,
+        fisher: Tensor | None = None,
+        means: Tensor | None = None,
     ):
         super().__init__()
-        self.mlp, self.act, self.mask, self.taylor, self.fisher = mlp, act, mask, taylor, fisher
+        self.mlp, self.act, self.mask, self.taylor, self.fisher, self.means = mlp, act, mask, taylor, fisher, means
 
     def hidden(self, x: Tensor) -> Tensor:
         """[..., C]: what enters down_proj."""
@@ -30,20 +38,23 @@ class MaskedMLP(nn.Module):
         return masked_swiglu(gate, up, self.mask, self.act, self.taylor, self.fisher)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp.down_proj(self.hidden(x))
+        out = self.mlp.down_proj(self.hidden(x))
+        if self.means is None:
+            return out
+        stand_in = self.means * (1 - self.mask.float())
+        return out + nn.functional.linear(stand_in.to(out.dtype), self.mlp.down_proj.weight)
 
 
 @contextmanager
-def masked(model: nn.Module, masks: Sequence[Tensor], taylor=None, fisher=None):
-    """Within the context every MLP of the model runs under its mask (a list with one [C] tensor a layer).
+def masked(model: nn.Module, masks: Sequence[Tensor], taylor=None, fisher=None, means=None):
+    """Within the context every MLP of the model runs under its mask (lists have one [C] tensor a layer).
 
     Yields the MaskedMLPs in layer order. Weights are shared and the model is as before afterwards.
     """
     act, mlps, layers = models.activation(model), models.gated_mlps(model), models.decoder_layers(model)
     none = [None] * len(mlps)
-    wrapped = [
-        MaskedMLP(*parts) for parts in zip(mlps, masks, [act] * len(mlps), taylor or none, fisher or none, strict=True)
-    ]
+    lists = (mlps, masks, [act] * len(mlps), taylor or none, fisher or none, means or none)
+    wrapped = [MaskedMLP(*parts) for parts in zip(*lists, strict=True)]
     for layer, mlp in zip(layers, wrapped, strict=True):
         layer.mlp = mlp
     try:
@@ -63,9 +74,18 @@ def _sliced(linear: nn.Linear, kept: Tensor, dim: int) -> nn.Linear:
     return new
 
 
-def slim_(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
+@torch.no_grad()
+def _bias(down: nn.Linear, dropped: Tensor, means: Tensor) -> nn.Parameter:
+    """The linear's bias [H] and what its dropped channels give at their means."""
+    bias = down.weight[:, dropped].float() @ means[dropped]
+    bias = bias if down.bias is None else bias + down.bias.float()
+    return nn.Parameter(bias.to(down.weight.dtype), requires_grad=down.weight.requires_grad)
+
+
+def slim_(model: nn.Module, masks: Sequence[Tensor], means: Sequence[Tensor] | None = None) -> nn.Module:
     """Cuts the channels outside the masks (bool [C] a layer) out of the model, in place.
 
+    With `means`, float32 [C] a layer, a bias of W_down stands in for what was cut out: W_down[:, cut] means[cut].
     Equal widths also go into the config (`intermediate_size`), so that the saved checkpoint is a plain one.
     Raises InputError when a mask has the wrong length or keeps nothing.
     """
@@ -78,10 +98,14 @@ def slim_(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
         )
     if not all(bool(mask.any()) for mask in masks):
         raise InputError("a mask keeps no channel in some layer")
-    for mlp, mask in zip(mlps, masks, strict=True):
-        kept = mask.to(mlp.gate_proj.weight.device).nonzero()[:, 0]
+    for layer, (mlp, mask) in enumerate(zip(mlps, masks, strict=True)):
+        mask = mask.to(mlp.gate_proj.weight.device)
+        kept = mask.nonzero()[:, 0]
+        bias = _bias(mlp.down_proj, ~mask, means[layer]) if means else None
         mlp.gate_proj, mlp.up_proj = _sliced(mlp.gate_proj, kept, 0), _sliced(mlp.up_proj, kept, 0)
         mlp.down_proj = _sliced(mlp.down_proj, kept, 1)
+        if means:
+            mlp.down_proj.bias = bias
         if hasattr(mlp, "intermediate_size"):
             mlp.intermediate_size = len(kept)
     width = set(models.widths(model))
@@ -90,9 +114,9 @@ def slim_(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
     return model
 
 
-def slim_copy(model: nn.Module, masks: Sequence[Tensor]) -> nn.Module:
+def slim_copy(model: nn.Module, masks: Sequence[Tensor], means: Sequence[Tensor] | None = None) -> nn.Module:
     """`slim_` of a copy; the model stays as it is."""
-    return slim_(copy.deepcopy(model), masks)
+    return slim_(copy.deepcopy(model), masks, means)
 
 
 def ffn_bytes(model: nn.Module) -> int:

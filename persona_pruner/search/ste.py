@@ -129,9 +129,11 @@ def search(
     settings: Settings,
     teacher: Sequence[Tensor] | None = None,
     after_step: Callable[[State], None] = lambda state: None,
+    means: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Runs the steps that `state` has not done yet, updating it in place, and returns the masks (bool [C] a layer).
 
+    With `means`, float32 [C] a layer, a dropped channel gives its mean instead of nothing (`nn.MaskedMLP`).
     `after_step` may store the state to go on later: the data order depends on the seed alone.
     Raises InputError for an unknown loss, for KL without the teacher's states, and for examples without answers.
     """
@@ -154,7 +156,7 @@ def search(
             leaf.grad = None
             leaf.requires_grad_()
         batch = batch.to(device)
-        with masked(model, leaves):
+        with masked(model, leaves, means=means):
             states = answer_states(model, batch)
             if settings.loss == "kl":
                 loss = divergence(model, states, torch.cat([teacher[row] for row in batch.rows]))

@@ -14,6 +14,7 @@ from persona_pruner.packing import Example, Pack, evenly, pack
 from persona_pruner.search import masks as choice
 from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
+from persona_pruner.search.baselines.channels import moments
 from persona_pruner.search.repair import TOKENS, repair_
 from persona_pruner.search.scores import Context, channel_scores, everything
 from persona_pruner.workspace import Workspace
@@ -79,12 +80,19 @@ class Search:
         neutral = self._kept(f"scores-{self.config.start}-neutral", make)
         return [own + other for own, other in zip(self.scores(), neutral, strict=True)]
 
+    def means(self) -> list[Tensor]:
+        """Mean of every channel over the tokens that scores are taken from."""
+        context = Context(self.model, self.score_packs)
+        return self._kept("means", lambda: moments(context)[0], self.config.score_examples)
+
     def teacher(self) -> list[Tensor]:
         """Dense final states of every example; not stored, since a pass of the dense model gives them."""
         return ste.teacher_states(self.model, self.examples, self.config.budget, targets=self.targets)
 
-    def masks(self, ratio: float, scope: str, searched: bool = True) -> list[Tensor]:
-        """Masks from the scores alone, or after the straight-through steps."""
+    def masks(
+        self, ratio: float, scope: str, searched: bool = True, means: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Masks from the scores alone, or after the straight-through steps; `means` as in `ste.search`."""
         scores = self.scores()
         if not searched or not self.config.steps:
             return choice.choose(scores, ratio, scope)
@@ -93,10 +101,11 @@ class Search:
 
         def make() -> list[Tensor]:
             state = ste.start(scores, scope)
-            return ste.search(self.model, self.examples, state, settings, self.teacher())
+            return ste.search(self.model, self.examples, state, settings, self.teacher(), means=means)
 
         start = (self.config.start, self.config.score_examples)
-        kept = self._kept(f"masks-{scope}-{ratio}", make, *start, asdict(settings))
+        name = f"masks-{scope}-{ratio}" + ("-means" if means else "")
+        kept = self._kept(name, make, *start, asdict(settings))
         return [mask.bool() for mask in kept]
 
     def repaired(self, masks: Sequence[Tensor], balanced: bool = False, **options) -> nn.Module:
@@ -114,6 +123,11 @@ def _repaired(scope: str, searched: bool = True) -> Method:
 
 def _masked(scope: str) -> Method:
     return lambda search, ratio: slim_copy(search.model, search.masks(ratio, scope))
+
+
+def _biased(search: Search, ratio: float) -> nn.Module:
+    means = search.means()
+    return slim_copy(search.model, search.masks(ratio, "global", means=means), means)
 
 
 sculpted, wide = _repaired("layer"), _repaired("global")
@@ -147,6 +161,10 @@ OWN: dict[str, tuple[Method, str]] = {
     "persona-scores": (unsearched, "scores and repair without search: a control"),
     "persona-global": (wide, "search and repair, widths free over layers"),
     "persona-global-mask": (_masked("global"), "the same without repair: weights untouched"),
+    "persona-global-bias": (
+        _biased,
+        "weights untouched, and FLAP's bias for what was dropped, which the search knows of",
+    ),
     "persona-global-scores": (
         _repaired("global", searched=False),
         "scores and repair without search, widths free: a control",

@@ -73,13 +73,7 @@ def flap(context: Context, ratio: float) -> nn.Module:
     mlps = models.gated_mlps(context.model)
     raw = [s * mlp.down_proj.weight.float().square().sum(0) for s, mlp in zip(spreads, mlps, strict=True)]
     masks = choice.top_k_global([(s - s.mean()) / s.std().clamp_min(1e-12) for s in raw], ratio)
-    pruned = slim_copy(context.model, masks)
-    for new, old, mean, mask in zip(models.gated_mlps(pruned), mlps, means, masks, strict=True):
-        weight = old.down_proj.weight
-        bias = weight.float()[:, ~mask] @ mean[~mask]
-        bias = bias if old.down_proj.bias is None else bias + old.down_proj.bias.float()
-        new.down_proj.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    return pruned
+    return slim_copy(context.model, masks, means)
 
 
 def weight_taylor(model: nn.Module, packs: Sequence[Pack], step=lambda done: None) -> list[Tensor]:
