@@ -30,7 +30,7 @@ gpu-check: .venv/test
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 SANITIZED := linear24 linear24_bounds importance norm_linear paged_attention subset_ffn
 sanitize: .venv/test
-	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" PERSONA_PRUNER_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" PERSONA_PRUNER_CUDA=0 PERSONA_PRUNER_ISAS=native $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	for isa in `$(BIN)/python -P -c 'from persona_pruner.ops._native import *; print(*(i for i, n in ISAS.items() if n - {"AuthenticAMD"} <= cpu_flags()))'`; do \
 	  echo "sanitize: $$isa"; \
 	  PERSONA_PRUNER_ISA=$$isa PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
@@ -48,12 +48,12 @@ sanitize: .venv/test
 
 .venv/demo: .venv/torch $(NATIVE)
 	@echo "installing persona-pruner and building its C++ kernels"
-	$(PIP) install -c constraints.txt -e ".[gguf]"
+	PERSONA_PRUNER_ISAS=native $(PIP) install -c constraints.txt -e ".[gguf]"
 	@touch $@
 
 .venv/test: .venv/torch $(NATIVE)
 	@echo "installing persona-pruner with what its tests need and building its C++ kernels"
-	$(PIP) install -c constraints.txt -e ".[test]"
+	PERSONA_PRUNER_ISAS=native $(PIP) install -c constraints.txt -e ".[test]"
 	@touch $@ .venv/demo
 
 clean:

@@ -9,6 +9,7 @@ needs nvcc only, neither torch nor a GPU; PERSONA_PRUNER_CUDA=0 leaves it out.
 import copy
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 from glob import glob
@@ -25,6 +26,10 @@ if X86:
     ISAS["avx512"] = AVX512.split()
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
     ISAS["amx"] = [*ISAS["avx512"], "-mavx512vbmi2", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+if os.environ.get("PERSONA_PRUNER_ISAS") == "native":
+    processor = runpy.run_path("persona_pruner/processor.py")
+    known = processor["cpu_flags"]() | {"AuthenticAMD"}  # what is chosen on AMD only can be forced elsewhere
+    ISAS = {isa: flags for isa, flags in ISAS.items() if processor["ISAS"][isa] <= known}
 # The warnings left out: GCC 12 gives thousands for its own intrinsics.
 OPTIONS = "-std=c++17 -O3 -g0 -fopenmp -fvisibility=hidden -ffp-contract=fast -Wno-uninitialized"
 OPTIONS += " -Wno-maybe-uninitialized"

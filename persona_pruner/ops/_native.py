@@ -10,19 +10,7 @@ from types import ModuleType
 import torch  # loaded first, so that the modules bind to torch's libgomp and share its thread pool
 
 from persona_pruner.errors import InputError
-from persona_pruner.processor import cpu_flags
-
-# Instruction sets from best to least, with the processor flags (names of /proc/cpuinfo) that each build uses.
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni", "fma", "f16c"}
-ISAS = {
-    "amx": AVX512 | {"avx512_vbmi2", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
-    # For AMD: Intel's processors take two cycles for a dot product of bf16 pairs and two for each permute it needs, so
-    # that plain AVX-512 is faster there.
-    "avx512bf16": AVX512 | {"avx512_bf16", "AuthenticAMD"},
-    "avx512": AVX512,
-    "avx2": {"avx2", "fma", "f16c"},
-    "baseline": set(),
-}
+from persona_pruner.processor import ISAS, cpu_flags
 
 
 @cache
