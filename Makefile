@@ -48,7 +48,7 @@ sanitize: .venv/test
 
 .venv/demo: .venv/torch $(NATIVE)
 	@echo "installing persona-pruner and building its C++ kernels"
-	PERSONA_PRUNER_ISAS=native $(PIP) install -c constraints.txt -e ".[gguf]"
+	PERSONA_PRUNER_ISAS=best $(PIP) install -c constraints.txt -e ".[gguf]"
 	@touch $@
 
 .venv/test: .venv/torch $(NATIVE)

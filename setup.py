@@ -12,6 +12,7 @@ import platform
 import runpy
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import pybind11
@@ -26,10 +27,12 @@ if X86:
     ISAS["avx512"] = AVX512.split()
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
     ISAS["amx"] = [*ISAS["avx512"], "-mavx512vbmi2", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-if os.environ.get("PERSONA_PRUNER_ISAS") == "native":
+if (wanted := os.environ.get("PERSONA_PRUNER_ISAS", "all")) in ("native", "best"):
     processor = runpy.run_path("persona_pruner/processor.py")
-    known = processor["cpu_flags"]() | {"AuthenticAMD"}  # what is chosen on AMD only can be forced elsewhere
-    ISAS = {isa: flags for isa, flags in ISAS.items() if processor["ISAS"][isa] <= known}
+    known, needs = processor["cpu_flags"](), processor["ISAS"]
+    known |= {"AuthenticAMD"} if wanted == "native" else set()  # what is chosen on AMD only can be forced elsewhere
+    able = [isa for isa in needs if isa in ISAS and needs[isa] <= known]
+    ISAS = {isa: ISAS[isa] for isa in (able if wanted == "native" else able[:1])}
 # The warnings left out: GCC 12 gives thousands for its own intrinsics.
 OPTIONS = "-std=c++17 -O3 -g0 -fopenmp -fvisibility=hidden -ffp-contract=fast -Wno-uninitialized"
 OPTIONS += " -Wno-maybe-uninitialized"
@@ -51,12 +54,19 @@ def cpu_extension(isa, flags):
     )
 
 
+def at_once(compile, sources, rest):
+    """The objects of all sources, compiled by as many compilers as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [path for paths in pool.map(lambda source: compile([source], **rest), sources) for path in paths]
+
+
 class BuildExt(build_ext):
     def build_extension(self, ext):
         if not ext.name.endswith("_cuda"):
-            # A folder of objects for each instruction set: they are built from the same sources at the same time.
             own = copy.copy(self)
-            own.build_temp = os.path.join(self.build_temp, ext.name)
+            own.build_temp = os.path.join(self.build_temp, ext.name)  # the same sources for each instruction set
+            own.compiler = copy.copy(self.compiler)
+            own.compiler.compile = lambda sources, **rest: at_once(self.compiler.compile, sources, rest)
             return build_ext.build_extension(own, ext)
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -94,5 +104,4 @@ setup(
     package_data={"persona_pruner": ["data/*", "report/*.html", "serve/static/*"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExt},
-    options={"build_ext": {"parallel": os.cpu_count()}},
 )
