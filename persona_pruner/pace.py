@@ -16,8 +16,9 @@ from persona_pruner.search.scores import Context, channel_scores
 SCALED = ("own_questions", "bank_questions", "bank_candidates", "score_examples", "steps")
 PASSAGES = 5  # neutral texts of the measured pass, a thousand tokens
 EIGHTHS = 8  # shares of the sizes are whole eighths, so that a noisy clock seldom gives another run
-# What stages of the demo took, in tokens passed forward and backward in the same time. The same to a fifth on a Zen 3
-# in float32 (6.3 ms a token) and a Zen 4 in bfloat16 (2.7 ms), two cores each; the larger one is taken.
+# What stages of the demo took, in tokens passed forward and backward in the same time. The same to a quarter on an
+# EPYC with AVX2 alone in float32 (6.3 ms a token, 2026-11-28) and on one with AVX512-BF16 in bfloat16 (2.7 ms,
+# 2026-11-27), two cores each; of the two the larger is taken, NUMBERS is an estimate.
 QUESTION = 20  # tokens of a question
 DRAFT = 34  # a question of its own
 CANDIDATE = 94  # a bank question's sensitivity

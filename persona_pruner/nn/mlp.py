@@ -101,11 +101,11 @@ def slim_(model: nn.Module, masks: Sequence[Tensor], means: Sequence[Tensor] | N
     for layer, (mlp, mask) in enumerate(zip(mlps, masks, strict=True)):
         mask = mask.to(mlp.gate_proj.weight.device)
         kept = mask.nonzero()[:, 0]
-        bias = _bias(mlp.down_proj, ~mask, means[layer]) if means else None
         mlp.gate_proj, mlp.up_proj = _sliced(mlp.gate_proj, kept, 0), _sliced(mlp.up_proj, kept, 0)
-        mlp.down_proj = _sliced(mlp.down_proj, kept, 1)
+        down = _sliced(mlp.down_proj, kept, 1)
         if means:
-            mlp.down_proj.bias = bias
+            down.bias = _bias(mlp.down_proj, ~mask, means[layer])
+        mlp.down_proj = down
         if hasattr(mlp, "intermediate_size"):
             mlp.intermediate_size = len(kept)
     width = set(models.widths(model))
