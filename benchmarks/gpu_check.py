@@ -91,7 +91,7 @@ def cuda_rows(targets) -> list[dict]:
         for target in targets:
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder) / "out.cubin"
-                gpusim.nvcc(source, cubin, target, "-cubin")
+                gpusim.nvcc(gpusim.ptx(source.stem, target), cubin, target, "-cubin")
                 for name, row in sorted(inspect(cubin).items()):
                     rows.append({"op": source.stem, "kernel": name, "target": f"sm_{target}", **row})
     return rows

@@ -187,8 +187,9 @@ def _dialogue(run: Run, slim: nn.Module, questions: list[str]) -> list[dict]:
     """The same questions answered by the dense and by the pruned model, same seed."""
     prompts = [prompt_ids(run.tokenizer, run.system, question) for question in questions]
     stops = stop_ids(run.model, run.tokenizer)
+    how = {"max_new_tokens": run.config.answer_tokens, "temperature": 0.6, "seed": HELD_OUT_SEED}
     with run.progress.stage("side by side", 2):
-        said = [generate(model, prompts, stops, 96, temperature=0.6, seed=HELD_OUT_SEED) for model in (run.model, slim)]
+        said = [generate(model, prompts, stops, **how) for model in (run.model, slim)]
     rows = zip(questions, *said, strict=True)
     return [{"question": q, "dense": run.text(d), "pruned": run.text(p)} for q, d, p in rows]
 

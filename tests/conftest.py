@@ -1,6 +1,7 @@
 """Makes `ptxsim` (tests/ptxsim, the PTX simulator) importable, counts what was skipped for want of a GPU, and holds
 the fixtures that several files use."""
 
+import gc
 import importlib.util
 import re
 import sys
@@ -13,6 +14,16 @@ if HERE not in sys.path:
     sys.path.append(HERE)
 
 WANTS_GPU = re.compile(r"\bGPU|CUDA device|CUDA tensors|_cuda is not built")
+
+
+def pytest_collection_finish():
+    """What imports left is set aside: going through it takes a fraction of a second, and comparisons collect often."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # extensions that look for what is left at the end would complain
 
 
 def pytest_terminal_summary(terminalreporter):

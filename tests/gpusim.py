@@ -37,8 +37,7 @@ def nvcc(source: Path, output: Path, arch: str, *options: str) -> str:
     return done.stdout + done.stderr
 
 
-@functools.cache
-def ptx_module(op: str, arch: str = "80") -> Module:
+def ptx(op: str, arch: str = "80") -> Path:
     """The PTX of csrc/cuda/<op>.cu; kept in build/ptx under a hash of every file in csrc/cuda."""
     text = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc" / "cuda").iterdir()))
     version = subprocess.run([NVCC, "--version"], capture_output=True).stdout
@@ -49,7 +48,12 @@ def ptx_module(op: str, arch: str = "80") -> Module:
         partial = cached.with_suffix(f".{os.getpid()}")
         nvcc(ROOT / "csrc" / "cuda" / f"{op}.cu", partial, arch, "-lineinfo", "-ptx")
         partial.rename(cached)
-    return Module(cached.read_text())
+    return cached
+
+
+@functools.cache
+def ptx_module(op: str) -> Module:
+    return Module(ptx(op).read_text())
 
 
 def memory(address: int, size: int) -> np.ndarray | None:

@@ -160,20 +160,19 @@ def test_either_package_may_be_imported_first(tmp_path, imports):
 
 PLAIN = """
 import sys, torch, transformers
-folder, name, flags = sys.argv[1], sys.argv[2], dict(ignore_mismatched_sizes=sys.argv[3] == "mismatched")
-try:
-    getattr(transformers, name).from_pretrained(folder, **flags)
-except ValueError as error:
-    print(error)
+for name in ("AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM"):
+    for flags in ({}, {"ignore_mismatched_sizes": True}):
+        try:
+            getattr(transformers, name).from_pretrained(sys.argv[1], **flags)
+        except ValueError as error:
+            print(error)
 """
 
 
-@pytest.mark.parametrize("flags", ["", "mismatched"])
-@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM"])
-def test_without_the_plug_in_loading_fails(tmp_path, name, flags):
+def test_without_the_plug_in_loading_fails(tmp_path):
     save_packed(packed_model(weights=torch.int8), tmp_path / "x")
-    done = run(PLAIN, tmp_path / "x", name, flags)
-    assert PLEA in done.stdout, done.stderr[-2000:]
+    done = run(PLAIN, tmp_path / "x")
+    assert done.stdout.count(PLEA) == 6, done.stderr[-2000:]
 
 
 def test_without_the_plea_and_its_config_the_shapes_do_not_fit(tmp_path):
