@@ -9,6 +9,7 @@ from sculpting import QUICK, TEXT, Recorder, run, save_tiny
 
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics
+from persona_pruner.nn import slim_copy
 from persona_pruner.persona import Persona
 from persona_pruner.search.masks import agreement
 from persona_pruner.study import analyse as analysing
@@ -44,12 +45,14 @@ def kl(study, number, model):
     return metrics.fidelity(model, metrics.dense_reference(study.model, found)).kl
 
 
-def test_cross_table(study):
-    found = STUDIES["cross"](study, 0.5, 1)
+@pytest.mark.parametrize("name", ["cross", "cross-masks"])
+def test_cross_table(study, name):
+    found = STUDIES[name](study, 0.5, 1)
     searches = [study.search(0, 0), study.search(1, 0), study.shared(0)]
     assert [row[0] for row in found["rows"]] == [*study.names, "all together"]
     for search, row in zip(searches, found["rows"], strict=True):
-        model = search.repaired(search.masks(0.5, "layer", searched=False))
+        masks = search.masks(0.5, "layer", searched=False)
+        model = search.repaired(masks) if name == "cross" else slim_copy(study.model, masks)
         assert row[1:] == [pytest.approx(kl(study, number, model)) for number in range(2)]
     *own, together = torch.tensor([row[1:] for row in found["rows"]])
     table = torch.stack(own)

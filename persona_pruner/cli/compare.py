@@ -88,7 +88,9 @@ def analyse(
     model: Model = "smollm2-135m",
     studies: Annotated[
         str,
-        typer.Option(help="Of seeds, personas, cross, data, turns, estimators, filter, character, description."),
+        typer.Option(
+            help="Of seeds, personas, cross, cross-masks, data, turns, estimators, filter, character, description."
+        ),
     ] = "",
     ratio: Annotated[float, typer.Option(help="Share of FFN channels to remove, between 0 and 1.")] = 0.25,
     seeds: Seeds = 2,

@@ -117,25 +117,36 @@ def pairs(study: Study, ratio: float, count: int) -> dict:
 
 
 def cross(study: Study, ratio: float, count: int) -> dict:
-    """Scores and repair without search, for what all personas share has none."""
+    return _cross(study, ratio, repaired=True)
+
+
+def cross_masks(study: Study, ratio: float, count: int) -> dict:
+    return _cross(study, ratio, repaired=False)
+
+
+def _cross(study: Study, ratio: float, repaired: bool) -> dict:
+    """Without search, for what all personas share has none."""
     _people(study, 2)
     references = [_reference(study, study.material(n, 0)) for n in _people(study)]
     rows = []
     for number in [*_people(study), None]:
         search = study.shared(0) if number is None else study.search(number, 0)
-        model = search.repaired(search.masks(ratio, "layer", searched=False))
+        masks = search.masks(ratio, "layer", searched=False)
+        model = search.repaired(masks) if repaired else slim_copy(study.model, masks)
         name = "all together" if number is None else study.names[number]
         rows.append([name, *(_kl(model, reference) for reference in references)])
     table = torch.tensor([row[1:] for row in rows[:-1]], dtype=torch.float64)
     best, columns = (int((table.argmin(dim) == torch.arange(len(table))).sum()) for dim in (1, 0))
     beaten = int((table.diagonal() < torch.tensor(rows[-1][1:], dtype=torch.float64)).sum())
+    what, how = ("slice", "Scores and repair") if repaired else ("mask", "Scores alone, weights untouched")
     about = (
-        "KL of the persona's slice (row) on the held-out questions of each persona (column); the last row is one slice "
-        "from as much data of all personas together. Scores and repair, without search. "
+        f"KL of the persona's {what} (row) on the held-out questions of each persona (column); the last row is one "
+        f"{what} from as much data of all personas together. {how}, without search. "
         f"The diagonal is least of its row {best} times and least of its column {columns} times of {len(table)}; "
         f"it is less than what the last row has there {beaten} times."
     )
-    return _study("One persona's slice on another's questions", about, ["slice of", *study.names], rows, "heat")
+    title = f"One persona's {what} on another's questions"
+    return _study(title, about, [f"{what} of", *study.names], rows, "heat")
 
 
 def data(study: Study, ratio: float, count: int) -> dict:
@@ -266,6 +277,7 @@ STUDIES: dict[str, Callable[[Study, float, int], dict]] = {
     "seeds": seeds,
     "personas": pairs,
     "cross": cross,
+    "cross-masks": cross_masks,
     "data": data,
     "turns": turns,
     "estimators": estimators,
@@ -273,7 +285,7 @@ STUDIES: dict[str, Callable[[Study, float, int], dict]] = {
     "character": character,
     "description": description,
 }
-SEVERAL = ("personas", "cross")  # need at least two personas
+SEVERAL = ("personas", "cross", "cross-masks")  # need at least two personas
 
 
 def analyse(
