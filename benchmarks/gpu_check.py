@@ -308,7 +308,7 @@ def table(rows) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="sm_80 only, fewer cases (under a minute)")
+    parser.add_argument("--short", action="store_true", help="sm_80 only, fewer cases")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_args()
     if gpusim.NVCC is None:

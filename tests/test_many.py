@@ -208,8 +208,7 @@ def test_ctrl_c_and_resume(base, cards, plain, tmp_path, call):
     """A real signal to the command and its workers; the same command goes on and ends where plain sculpts do."""
     out = tmp_path / "out"
     words = ["sculpt", "--cards", cards, "--model", base, "--out", out, "--dtype", "float32", "--threads", 1]
-    words += [*QUICK_ARGUMENTS, "--no-compare", "--eval-questions", HELD_OUT, "--engine", "process",
-              "--workers", 2]  # fmt: skip
+    words += [*QUICK_ARGUMENTS, "--eval-questions", HELD_OUT, "--no-compare", "--engine", "process", "--workers", 2]
     heard = ["env", "--default-signal=INT", *command(*words)]
     with subprocess.Popen(heard, stdout=-1, stderr=-1, text=True, env=environment(), start_new_session=True) as process:
         until = time.monotonic() + 120
