@@ -28,9 +28,6 @@ inline VecF argument(VecF x) {
   return x * (splat(1.5957691216f) + splat(0.07135481283f) * (x * x));
 }
 
-inline VecF not_below(VecF x) { return x < splat(-kFar) ? splat(-kFar) : x; }  // NaN stays, here and below
-inline VecF not_above(VecF x) { return x > splat(kFar) ? splat(kFar) : x; }
-
 template <Act act>
 inline VecF slope(VecF x) {  // dz/dx
   if (act == kSilu) return splat(1.0f);
@@ -113,7 +110,7 @@ void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
       vectors(c0, c1, [&](int64_t c, int n) {
         __builtin_prefetch(g + 2 * gate_stride + c);  // 1.1 times as fast; in the backward pass it gains nothing
         __builtin_prefetch(u + 2 * up_stride + c);
-        const VecF x = not_below(load_lanes(g + c, n));
+        const VecF x = at_least(load_lanes(g + c, n), -kFar);
         const VecF a = x / (splat(1.0f) + exp(-argument<act>(x))) * load_lanes(u + c, n);
         store_lanes(out + c, a * load_lanes(mask + c, n), n);
       });
@@ -133,22 +130,29 @@ void backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride
       std::fill(first + c0, first + c1, 0.0f);
       std::fill(second + c0, second + c1, 0.0f);
     }
-    in_groups<4>(t0, t1, [&](int64_t t, auto group) {
-      vectors(c0, c1, [&](int64_t c, int n) {
+    // Two tokens in step: one's chain of exp and division takes longer than a processor looks ahead. With AVX2 twice as
+    // fast as token after token; four in step are no faster.
+    in_groups<2>(t0, t1, [=](int64_t t, auto group) {
+      const T* g = gate + t * gate_stride;
+      const T* u = up + t * up_stride;
+      const T* d = dh + t * dh_stride;
+      vectors(c0, c1, [=](int64_t c, int n) {
         const VecF m = load_lanes(mask + c, n);
-        VecF sum{}, squares{};
-        for (int64_t i = t; i < t + group; ++i) {
-          const VecF x = not_below(load_lanes(gate + i * gate_stride + c, n));
-          const VecF y = load_lanes(up + i * up_stride + c, n), dy = load_lanes(dh + i * dh_stride + c, n);
-          const VecF e = exp(-argument<act>(x));
-          const VecF s = splat(1.0f) / (splat(1.0f) + e);
-          const VecF value = x * s;
+        VecF sum{}, squares{}, xs[group], es[group], ss[group];
+        for (int64_t i = 0; i < group; ++i) {
+          xs[i] = at_least(load_lanes(g + i * gate_stride + c, n), -kFar);
+          es[i] = exp(-argument<act>(xs[i]));
+        }
+        for (int64_t i = 0; i < group; ++i) ss[i] = splat(1.0f) / (splat(1.0f) + es[i]);
+        for (int64_t i = 0; i < group; ++i) {
+          const VecF x = xs[i], e = es[i], s = ss[i], value = x * s;
+          const VecF y = load_lanes(u + i * up_stride + c, n), dy = load_lanes(d + i * dh_stride + c, n);
           if (d_gate) {
-            const VecF near = not_above(x);
+            const VecF near = at_most(x, kFar);
             const VecF derivative = s + near * s * (e * s) * slope<act>(near);  // e*s = 1 - s without cancellation
-            store_lanes(d_gate + i * C + c, derivative * y * m * dy, n);
+            store_lanes(d_gate + (t + i) * C + c, derivative * y * m * dy, n);
           }
-          if (d_up) store_lanes(d_up + i * C + c, value * m * dy, n);
+          if (d_up) store_lanes(d_up + (t + i) * C + c, value * m * dy, n);
           const VecF score = value * y * dy;
           sum += score;
           squares += score * score;

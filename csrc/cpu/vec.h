@@ -42,6 +42,27 @@ inline V load_raw(const void* p) {
   return v;
 }
 
+// The smaller or larger of v and a bound; NaN in v stays. GCC has no single instruction for the same ?: on vectors.
+inline VecF at_most(VecF v, float bound) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_min_ps((__m512)splat(bound), (__m512)v);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_min_ps((__m256)splat(bound), (__m256)v);
+#else
+  return v > splat(bound) ? splat(bound) : v;
+#endif
+}
+
+inline VecF at_least(VecF v, float bound) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)splat(bound), (__m512)v);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)splat(bound), (__m256)v);
+#else
+  return v < splat(bound) ? splat(bound) : v;
+#endif
+}
+
 inline VecF to_float(VecF v, const float*) { return v; }
 
 // GCC widens 16 lanes in two halves, with 5 instructions where one does.
@@ -137,8 +158,7 @@ inline void store(T* p, VecF v, int n = kLanes) {
 
 // e^x within 1.5 ulp for x in [-87, 87]; clamped outside, NaN stays NaN.
 inline VecF exp(VecF x) {
-  x = x > splat(87.0f) ? splat(87.0f) : x;
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = at_least(at_most(x, 87.0f), -87.0f);
   const VecF magic = splat(0x1.8p23f);  // adding it rounds to an integer, held in the low bits
   const VecF shifted = x * splat(1.44269504f) + magic;
   const VecF n = shifted - magic;
