@@ -7,6 +7,7 @@ positions continue from the prefix. No padding. [prefix | example 1 | example 2 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from persona_pruner.prefix_attention import PackLayout, prefix_attention, unused
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a rendered prompt (ready for the answer) and of its answer, end of turn included if it came."""
+    """Token ids of a rendered prompt (ready for the answer) and of its answer, end of turn included if it came. `group`
+    tells personas apart where examples of several are mixed: a pack holds those of one, whose prompt they share."""
 
     prompt: list[int]
     answer: list[int]
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,20 @@ def evenly(count: int, most: int) -> list[int]:
 def pack(examples: Sequence[Example], budget: int = 1024, order: Sequence[int] | None = None) -> list[Pack]:
     """Packs of at most `budget` tokens each (one example more than fits is never cut: it gets its own pack).
 
-    `order` is the order in which examples are taken; all in turn by default. Raises ValueError on an empty prompt.
+    `order` is the order in which examples are taken; all in turn by default. The packs of several groups take turns.
+    Raises ValueError on an empty prompt.
     """
-    order = range(len(examples)) if order is None else order
-    if not order:
-        return []
     if any(not example.prompt for example in examples):
         raise ValueError("an example has an empty prompt")
-    prefix = common_prefix([example.prompt for example in examples])
+    groups: dict[int, list[int]] = {}
+    for row in range(len(examples)) if order is None else order:
+        groups.setdefault(examples[row].group, []).append(row)
+    turns = zip_longest(*(_pack_group(examples, group, rows, budget) for group, rows in groups.items()))
+    return [batch for packs in turns for batch in packs if batch is not None]
+
+
+def _pack_group(examples: Sequence[Example], group: int, order: Sequence[int], budget: int) -> list[Pack]:
+    prefix = common_prefix([example.prompt for example in examples if example.group == group])
     packs, rows, size = [], [], prefix
     for row in order:
         own = len(examples[row].prompt) - prefix + max(len(examples[row].answer) - 1, 0)

@@ -9,12 +9,12 @@ from sculpting import QUICK, TEXT, Recorder, run, save_tiny
 
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics
-from persona_pruner.nn import slim_copy
 from persona_pruner.persona import Persona
 from persona_pruner.search.masks import agreement
 from persona_pruner.study import analyse as analysing
 from persona_pruner.study.analyse import STUDIES, analyse, rank_correlation, thin
 from persona_pruner.study.compare import Study
+from persona_pruner.study.own import made
 from persona_pruner.synthesis.prompts import chat, encode, examples, render
 from persona_pruner.testing import tiny_model, tiny_tokenizer
 
@@ -45,14 +45,13 @@ def kl(study, number, model):
     return metrics.fidelity(model, metrics.dense_reference(study.model, found)).kl
 
 
-@pytest.mark.parametrize("name", ["cross", "cross-masks"])
-def test_cross_table(study, name):
+@pytest.mark.parametrize("name, method", [("cross", "persona-scores"), ("cross-masks", "persona-global-bias")])
+def test_cross_table(study, name, method):
     found = STUDIES[name](study, 0.5, 1)
     searches = [study.search(0, 0), study.search(1, 0), study.shared(0)]
     assert [row[0] for row in found["rows"]] == [*study.names, "all together"]
     for search, row in zip(searches, found["rows"], strict=True):
-        masks = search.masks(0.5, "layer", searched=False)
-        model = search.repaired(masks) if name == "cross" else slim_copy(study.model, masks)
+        model = made(method, search, 0.5)
         assert row[1:] == [pytest.approx(kl(study, number, model)) for number in range(2)]
     *own, together = torch.tensor([row[1:] for row in found["rows"]])
     table = torch.stack(own)

@@ -1,6 +1,7 @@
 """Packed batches: one forward over a pack is the same as one forward for each example."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,19 @@ def test_a_capped_head():
     got = logits(model, answer_states(model, pack([example])[0]))
     torch.testing.assert_close(got, alone(model, example), rtol=1e-5, atol=1e-5)
     assert got.abs().max() <= 2 < tiny_model("gemma3")(torch.tensor([example.prompt])).logits.abs().max()
+
+
+def test_groups_are_packed_apart_and_take_turns():
+    alone = [tiny_examples(5, prefix=20, seed=seed) for seed in (1, 2)]
+    mixed = [replace(example, group=g) for g, group in enumerate(alone) for example in group]
+    order = [7, 0, 8, 3, 1, 5, 2, 9, 4, 6]
+    packs = pack(mixed, 40, order)
+    assert [p.rows[0] >= 5 for p in packs[:4]] == [True, False, True, False]
+    for number, group in enumerate(alone):
+        own = [row - 5 * number for row in order if row // 5 == number]
+        for got, want in zip([p for p in packs if p.rows[0] // 5 == number], pack(group, 40, own), strict=True):
+            assert got.rows == tuple(row + 5 * number for row in want.rows)
+            assert got.input_ids.tolist() == want.input_ids.tolist() and got.segment.tolist() == want.segment.tolist()
 
 
 def test_layout_by_hand():

@@ -117,31 +117,28 @@ def pairs(study: Study, ratio: float, count: int) -> dict:
 
 
 def cross(study: Study, ratio: float, count: int) -> dict:
-    return _cross(study, ratio, repaired=True)
+    return _cross(study, ratio, "persona-scores", "slice")
 
 
 def cross_masks(study: Study, ratio: float, count: int) -> dict:
-    return _cross(study, ratio, repaired=False)
+    return _cross(study, ratio, "persona-global-bias", "mask")
 
 
-def _cross(study: Study, ratio: float, repaired: bool) -> dict:
-    """Without search, for what all personas share has none."""
+def _cross(study: Study, ratio: float, method: str, what: str) -> dict:
     _people(study, 2)
     references = [_reference(study, study.material(n, 0)) for n in _people(study)]
     rows = []
     for number in [*_people(study), None]:
         search = study.shared(0) if number is None else study.search(number, 0)
-        masks = search.masks(ratio, "layer", searched=False)
-        model = search.repaired(masks) if repaired else slim_copy(study.model, masks)
+        model = own.made(method, search, ratio)
         name = "all together" if number is None else study.names[number]
         rows.append([name, *(_kl(model, reference) for reference in references)])
     table = torch.tensor([row[1:] for row in rows[:-1]], dtype=torch.float64)
     best, columns = (int((table.argmin(dim) == torch.arange(len(table))).sum()) for dim in (1, 0))
     beaten = int((table.diagonal() < torch.tensor(rows[-1][1:], dtype=torch.float64)).sum())
-    what, how = ("slice", "Scores and repair") if repaired else ("mask", "Scores alone, weights untouched")
     about = (
         f"KL of the persona's {what} (row) on the held-out questions of each persona (column); the last row is one "
-        f"{what} from as much data of all personas together. {how}, without search. "
+        f"{what} from as much data of all personas together. Made by {method}: {own.METHODS[method][1]}. "
         f"The diagonal is least of its row {best} times and least of its column {columns} times of {len(table)}; "
         f"it is less than what the last row has there {beaten} times."
     )

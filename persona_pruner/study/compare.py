@@ -8,7 +8,7 @@ cells -> table, headline, plots
 import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from persona_pruner.errors import InputError
 from persona_pruner.evaluation import judge as judging
 from persona_pruner.evaluation.harness import harness
 from persona_pruner.material import Material, prepare
-from persona_pruner.packing import Pack, pack, text_packs
+from persona_pruner.packing import Example, Pack, pack, text_packs
 from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import repair
@@ -96,15 +96,15 @@ class Study:
         return text_packs([encode(self.tokenizer, text) for text in bank.passages("calibration")])
 
     def shared(self, seed: int) -> own.Search:
-        """Scores and repair on data of all personas in turn, together as many examples as one persona has."""
+        """What `search` gives, on examples of all personas together, as many as one of them has."""
         key = files.digest([self.data_key(n, seed, ()) for n in range(len(self.names))])
         work = Workspace(self.folder / "stages" / f"shared-{seed}")
-        return own.Search(self.model, (), self.config(seed), work, key, self.mixture(seed))
+        return own.Search(self.model, self.mixture(seed), self.config(seed), work, key)
 
-    def mixture(self, seed: int) -> list[Pack]:
-        """Every n-th example of each of n personas, in packs of one persona each."""
-        count, budget = len(self.names), self.config(seed).budget
-        return [p for n in range(count) for p in pack(self.material(n, seed).calibration[n::count], budget)]
+    def mixture(self, seed: int) -> list[Example]:
+        """Every n-th example of each of n personas, a persona's number being the group."""
+        count = len(self.names)
+        return [replace(e, group=n) for n in range(count) for e in self.material(n, seed).calibration[n::count]]
 
 
 def make(study: Study, build: Build) -> tuple[nn.Module, float, int]:
