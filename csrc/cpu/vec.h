@@ -79,6 +79,10 @@ inline VecU widened(VecH v) {
 inline VecI widened(VecB v) {
 #if defined(__AVX512F__)
   return (VecI)_mm512_cvtepi8_epi32((__m128i)v);
+#elif defined(__AVX2__)  // GCC 12 would take the eight bytes apart one by one
+  int64_t bytes;
+  std::memcpy(&bytes, &v, sizeof bytes);
+  return (VecI)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes));
 #else
   return __builtin_convertvector(v, VecI);
 #endif
