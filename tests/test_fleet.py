@@ -2,15 +2,18 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
 import persona_pruner as pp
 from persona_pruner.errors import InputError
 from persona_pruner.fleet import DENSE, Fleet, QueueFull, Sampling
+from persona_pruner.fleet import decoder as decoding
 from persona_pruner.fleet.decoder import Decoder
 from persona_pruner.formats.persona_file import PersonaFile
 from persona_pruner.nn import slim_
+from persona_pruner.ops import _native
 from persona_pruner.ops.paged_attention import BLOCK
 from persona_pruner.synthesis.prompts import chat, encode, prompt_ids, render
 from persona_pruner.testing import FAMILIES, tiny_model, tiny_tokenizer
@@ -291,3 +294,35 @@ def test_smollm2_in_float32_writes_what_its_slim_model_writes():
         for index, question in enumerate(questions):
             ids = prompt_ids(tok, file.system if name else "", question)
             assert out[start + index] == continuation(model, ids, 16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_planned_steps_give_the_same_logits_in_every_bit(family, monkeypatch):
+    """Two conversations with one character and one with another, joining and leaving; few plans are kept."""
+    monkeypatch.setattr(decoding, "PLANS", 2)
+    seen = {}
+    for most in (0, decoding.MOST_PLANNED):
+        monkeypatch.setattr(decoding, "MOST_PLANNED", most)
+        one, logits = fleet(family), []
+        forward = one.decoder.forward
+        one.decoder.forward = lambda *args, forward=forward, logits=logits: logits.append(forward(*args)) or logits[-1]
+        for name, question, count in (("anna", "hello", 9), ("anna", "why?", 30), ("bert", "hello", 5)):
+            one.submit(name, chat("", question), Sampling(max_new_tokens=count, temperature=0))
+            one.step()
+        while not one.idle:
+            one.step()
+        seen[most] = logits
+        assert len(one.decoder._steps) == (0 if not most or "gemma" in family else 2)
+    assert len(seen[0]) == len(seen[4]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[4], strict=True))
+
+
+def test_a_plan_refuses_what_is_no_call():
+    module = _native.cpu_module()
+    for calls, error in (
+        (np.zeros((1, 3), np.int64), TypeError),
+        (np.full((1, module.most_arguments + 1), len(module.names), np.int64), IndexError),
+        (np.full((1, module.most_arguments + 1), -1, np.int64), IndexError),
+    ):
+        with pytest.raises(error):
+            module.sequence(calls)

@@ -18,12 +18,14 @@ def _never(*args, **kwargs) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op. `unavailable` is asked once per device type, `refuses` on every call."""
+    """One implementation of an op. `unavailable` is asked once per device type, `refuses` on every call. `call`: where
+    `run` is one native call, that call before it is made (`_native.Call`)."""
 
     name: str
     run: Callable
     unavailable: Callable[[str], str | None] = _never
     refuses: Callable[..., str | None] = _never
+    call: Callable | None = None
 
 
 @dataclass

@@ -123,21 +123,27 @@ def cpu_unavailable(device_type: str) -> str | None:
     return module if isinstance(module, str) else None
 
 
-def _cpu_run(x, weight, bias, scales, norm, eps, residual):
+def _cpu_call(x, weight, bias, scales, norm, eps, residual):
     x, weight = x.contiguous(), weight.contiguous()
     bias, scales, norm, residual = (None if t is None else t.contiguous() for t in (bias, scales, norm, residual))
     (tokens, cols), rows = x.shape, weight.shape[0]
     y = x.new_empty(tokens, rows)
-    if tokens and rows:
-        cpu_kernel("norm_linear", weight.dtype)(
-            x.data_ptr(), tokens, cols, weight.data_ptr(), rows, address(scales), address(bias), address(norm),
-            bits(eps), address(residual), y.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-    return y
+    numbers = (
+        x.data_ptr(), tokens, cols, weight.data_ptr(), rows, address(scales), address(bias), address(norm), bits(eps),
+        address(residual), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    kernel = cpu_kernel("norm_linear", weight.dtype)
+    return _native.Call(kernel, numbers, y, (x, weight, bias, scales, norm, residual))
+
+
+def _cpu_run(*args):
+    return _cpu_call(*args).run()
 
 
 def _refuses(x, weight, *rest):
     return None if x.dtype == torch.float32 else f"it has no kernel for x of {x.dtype}"
 
 
-OP = Op("norm_linear", [Backend("cpu", _cpu_run, cpu_unavailable, _refuses), Backend("reference", reference)])
+OP = Op(
+    "norm_linear", [Backend("cpu", _cpu_run, cpu_unavailable, _refuses, _cpu_call), Backend("reference", reference)]
+)

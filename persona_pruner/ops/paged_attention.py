@@ -16,6 +16,7 @@ from torch import Tensor
 
 from persona_pruner.errors import InputError
 from persona_pruner.ops._dispatch import Backend, Op
+from persona_pruner.ops._native import Call
 from persona_pruner.ops.norm_linear import address, bits, cpu_kernel, cpu_unavailable, rms_norm
 
 BLOCK = 16  # tokens a block
@@ -117,20 +118,23 @@ def reference(qkv, cos, sin, positions, rows, tables, keys, values, scale, windo
     return out.flatten(1)
 
 
-def _cpu_run(qkv, cos, sin, positions, rows, tables, keys, values, scale, window, q_norm, k_norm, eps):
+def _cpu_call(qkv, cos, sin, positions, rows, tables, keys, values, scale, window, q_norm, k_norm, eps):
     kv_heads, size = keys.shape[1:3]
     qkv, cos, sin, positions, rows, tables = (t.contiguous() for t in (qkv, cos, sin, positions, rows, tables))
     q_norm, k_norm = (None if t is None else t.contiguous() for t in (q_norm, k_norm))
     tokens, heads = len(qkv), qkv.shape[1] // size - 2 * kv_heads
     out = qkv.new_empty(tokens, heads * size)
-    if tokens:
-        cpu_kernel("paged_attention", keys.dtype)(
-            qkv.data_ptr(), tokens, cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), rows.data_ptr(),
-            tables.data_ptr(), tables.shape[1], keys.data_ptr(), values.data_ptr(), kv_heads, heads, size,
-            bits(scale), window or 0, address(q_norm), address(k_norm), bits(eps), out.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-    return out
+    numbers = (
+        qkv.data_ptr(), tokens, cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), rows.data_ptr(),
+        tables.data_ptr(), tables.shape[1], keys.data_ptr(), values.data_ptr(), kv_heads, heads, size, bits(scale),
+        window or 0, address(q_norm), address(k_norm), bits(eps), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    reads = (qkv, cos, sin, positions, rows, tables, keys, values, q_norm, k_norm)
+    return Call(cpu_kernel("paged_attention", keys.dtype), numbers, out, reads)
+
+
+def _cpu_run(*args):
+    return _cpu_call(*args).run()
 
 
 def _refuses(qkv, cos, sin, positions, rows, tables, keys, values, *rest):
@@ -140,4 +144,6 @@ def _refuses(qkv, cos, sin, positions, rows, tables, keys, values, *rest):
     return None if kinds == {torch.float32} and keys.dtype in FLOATS else f"it has no kernel for {qkv.dtype}"
 
 
-OP = Op("paged_attention", [Backend("cpu", _cpu_run, cpu_unavailable, _refuses), Backend("reference", reference)])
+OP = Op(
+    "paged_attention", [Backend("cpu", _cpu_run, cpu_unavailable, _refuses, _cpu_call), Backend("reference", reference)]
+)

@@ -152,21 +152,26 @@ def _alike(weights):
     return [w.contiguous() for w in weights]
 
 
-def _cpu_run(x, weights, channels, segments, act, scales, biases, norm, eps, residual):
-    kind, wide = x.dtype, x.float().contiguous()
+def _cpu_call(x, weights, channels, segments, act, scales, biases, norm, eps, residual):
+    """y of this call is float32, whatever x is."""
+    wide = x.float().contiguous()
     weights = _alike(weights)
     rest = (*scales, *biases, norm)
     *rest, residual = (None if t is None else t.contiguous() for t in (*rest, residual))
     residual = None if residual is None else residual.float()
     channels, segments = channels.contiguous(), segments.contiguous()
     y = torch.empty_like(wide)
-    if y.numel():
-        cpu_kernel("subset_ffn", weights[0].dtype)(
-            wide.data_ptr(), *wide.shape, weights[0].stride(0), *map(Tensor.data_ptr, weights), *map(address, rest),
-            bits(eps), address(residual), y.data_ptr(), channels.data_ptr(), segments.data_ptr(), len(segments),
-            weights[0].shape[0], act == "gelu_tanh", torch.get_num_threads(),
-        )  # fmt: skip
-    return y.to(kind)
+    numbers = (
+        wide.data_ptr(), *wide.shape, weights[0].stride(0), *map(Tensor.data_ptr, weights), *map(address, rest),
+        bits(eps), address(residual), y.data_ptr(), channels.data_ptr(), segments.data_ptr(), len(segments),
+        weights[0].shape[0], act == "gelu_tanh", torch.get_num_threads(),
+    )  # fmt: skip
+    reads = (wide, *weights, *rest, residual, channels, segments)
+    return _native.Call(cpu_kernel("subset_ffn", weights[0].dtype), numbers, y, reads)
+
+
+def _cpu_run(x, *rest):
+    return _cpu_call(x, *rest).run().to(x.dtype)
 
 
 def _triton_run(x, weights, channels, segments, act, scales, biases, norm, eps, residual):
@@ -210,7 +215,7 @@ def _refuses(x, *rest):
 OP = Op(
     "subset_ffn",
     [
-        Backend("cpu", _cpu_run, cpu_unavailable, _refuses),
+        Backend("cpu", _cpu_run, cpu_unavailable, _refuses, _cpu_call),
         Backend("triton", _triton_run, _native.triton_unavailable("subset_ffn"), _refuses),
         Backend("reference", reference),
     ],
