@@ -108,6 +108,35 @@ def test_pieces_join_to_what_generate_says(made, temperature):
         assert len(pieces) > 1 and all(pieces)
 
 
+def test_the_fleet_says_what_generate_says(made):
+    talks = [ASKED, [*ASKED, {"role": "assistant", "content": "Bram."}, {"role": "user", "content": "And iron?"}]]
+    plain, fast = opened(made[1]), opened(made[1])
+    assert plain.use("transformers") == "transformers" and fast.use("auto") == "fleet" and fast.model is None
+    for talk in talks:
+        pieces = list(fast.stream(talk, 40, 0))
+        assert len(pieces) > 1 and "".join(pieces) == "".join(plain.stream(talk, 40, 0))
+    said = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        said.append("".join(fast.stream(ASKED, 40, 0.9)))
+    assert said[0] == said[1] != said[2]
+    with pytest.raises(InputError, match="temperature must be"):
+        list(fast.stream(ASKED, 20, -1.0))
+
+
+def test_who_cannot_be_in_the_fleet(made):
+    packed = runtime.Character(tiny_model(), tiny_tokenizer(), "Bram", "")
+    pp.sparsify_(packed.model)
+    other = runtime.Character(tiny_model(), tiny_tokenizer(), "Bram", "")
+    other.model.__class__ = type("GptForCausalLM", (type(other.model),), {})
+    for who, why in ((packed, "packed 2:4 layers"), (other, "not GptForCausalLM")):
+        with pytest.raises(InputError, match=why):
+            who.use("fleet")
+        assert who.use("auto") == "transformers" and list(who.stream(ASKED, 3))
+    with pytest.raises(InputError, match="'warp' is not one of auto, fleet, transformers"):
+        packed.use("warp")
+
+
 def test_the_persona_and_the_conversation_are_in_the_prompt(made, monkeypatch):
     who, seen = opened(made[1]), []
     who.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].tolist()))

@@ -21,6 +21,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.7,
     seed: int = 0,
+    engine: Annotated[
+        str, typer.Option(help="fleet: the native engine of serve; transformers; auto: the fleet on a CPU if it can.")
+    ] = "auto",
     device: Device = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = 0,
@@ -39,6 +42,7 @@ def chat(
     who = open_character(character, base, device, dtype, dense)
     if system is not None:
         who.system = system
+    engine = who.use(engine)
     torch.manual_seed(seed)
     messages = []
     if prompt is None:
@@ -61,7 +65,8 @@ def chat(
         answer = "".join(pieces)
         messages.append({"role": "assistant", "content": answer})
         if as_json:
-            print_json({"character": who.name, "answer": answer, "seconds": round(time.perf_counter() - begun, 3)})
+            seconds = round(time.perf_counter() - begun, 3)
+            print_json({"character": who.name, "answer": answer, "seconds": seconds, "engine": engine})
         else:
             print()
         if prompt is not None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from persona_pruner import models, ops
 from persona_pruner.errors import InputError
 from persona_pruner.fleet.memory import Arena
-from persona_pruner.ops._native import Plan
+from persona_pruner.nn import SparseLinear24
 from persona_pruner.ops.paged_attention import BLOCK
+from persona_pruner.ops.plan import Plan
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -115,13 +116,16 @@ class Step:
 
 class Decoder:
     """The weights of a base model and their use. `model` is a causal LM of transformers; with `consume` its layers are
-    given up one after the other, so that both never stand in memory whole. Raises InputError for other families."""
+    given up one after the other, so that both never stand in memory whole. Raises InputError for other families and for
+    packed weights."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, consume: bool = False):
         if type(model).__name__ not in FAMILIES:
             raise InputError(f"the fleet runs {', '.join(FAMILIES)}, not {type(model).__name__}")
         if dtype not in DTYPES:
             raise InputError(f"the fleet keeps weights in float32, bfloat16, float16 or int8, not {dtype}")
+        if any(isinstance(module, SparseLinear24) for module in model.modules()):
+            raise InputError("the fleet reads dense weights; packed 2:4 layers run in transformers' generate")
         config = model.config.get_text_config()
         decoder, layers = model.get_decoder(), models.decoder_layers(model)
         self.act, self.widths = models.activation(model), models.widths(model)

@@ -19,7 +19,7 @@ def _never(*args, **kwargs) -> str | None:
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op. `unavailable` is asked once per device type, `refuses` on every call. `call`: where
-    `run` is one native call, that call before it is made (`_native.Call`)."""
+    `run` is one native call, that call before it is made (`plan.Call`)."""
 
     name: str
     run: Callable

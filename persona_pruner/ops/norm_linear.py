@@ -18,6 +18,7 @@ from torch import Tensor
 from persona_pruner.errors import InputError
 from persona_pruner.ops import _native
 from persona_pruner.ops._dispatch import Backend, Op
+from persona_pruner.ops.plan import Call
 
 WEIGHTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "i8"}
 
@@ -133,7 +134,7 @@ def _cpu_call(x, weight, bias, scales, norm, eps, residual):
         address(residual), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     kernel = cpu_kernel("norm_linear", weight.dtype)
-    return _native.Call(kernel, numbers, y, (x, weight, bias, scales, norm, residual))
+    return Call(kernel, numbers, y, (x, weight, bias, scales, norm, residual))
 
 
 def _cpu_run(*args):

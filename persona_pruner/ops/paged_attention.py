@@ -16,8 +16,8 @@ from torch import Tensor
 
 from persona_pruner.errors import InputError
 from persona_pruner.ops._dispatch import Backend, Op
-from persona_pruner.ops._native import Call
 from persona_pruner.ops.norm_linear import address, bits, cpu_kernel, cpu_unavailable, rms_norm
+from persona_pruner.ops.plan import Call
 
 BLOCK = 16  # tokens a block
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

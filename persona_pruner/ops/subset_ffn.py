@@ -27,6 +27,7 @@ from persona_pruner.ops.norm_linear import (
     product,
     rms_norm,
 )
+from persona_pruner.ops.plan import Call
 
 NONE = (None, None, None)
 
@@ -167,7 +168,7 @@ def _cpu_call(x, weights, channels, segments, act, scales, biases, norm, eps, re
         weights[0].shape[0], act == "gelu_tanh", torch.get_num_threads(),
     )  # fmt: skip
     reads = (wide, *weights, *rest, residual, channels, segments)
-    return _native.Call(cpu_kernel("subset_ffn", weights[0].dtype), numbers, y, reads)
+    return Call(cpu_kernel("subset_ffn", weights[0].dtype), numbers, y, reads)
 
 
 def _cpu_run(x, *rest):
