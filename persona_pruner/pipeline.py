@@ -9,7 +9,7 @@ on where it was. Held-out questions are fixed first and nothing that shares eigh
 """
 
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -179,7 +179,12 @@ def _measure(run: Run, reference: metrics.Reference, variants: list[tuple], slim
         with run.progress.stage("tokens per second", 1):
             prompt = prompt_ids(run.tokenizer, run.system, held_out["questions"][0])
             dense, pruned = speed.decode_speeds([run.model, slim], prompt)
-        out["tokens_per_second"] = {"dense": dense, "pruned": pruned, "threads": torch.get_num_threads()}
+            threads = torch.get_num_threads()
+            out["tokens_per_second"] = {"dense": dense, "pruned": pruned, "threads": threads}
+            if run.model.device.type == "cpu":
+                with suppress(InputError):  # of a family that the engine does not have, and for packed weights
+                    dense, pruned = speed.fleet_speeds([run.model, slim], run.tokenizer, prompt)
+                    out["fleet_tokens_per_second"] = {"dense": dense, "pruned": pruned, "threads": threads}
     return out
 
 

@@ -15,7 +15,7 @@ QUICK = {
     "held_out_tokens": 10, "steps": 3, "budget": 400,
 }  # fmt: skip
 QUICK_ARGUMENTS = [word for name, value in QUICK.items() for word in ("--set", f"{name}={value}")]
-MEASURED = ("seconds", "tokens_per_second")  # differ between equal runs
+MEASURED = ("seconds", "tokens_per_second", "fleet_tokens_per_second")  # differ between equal runs
 
 
 def save_tiny(folder: Path, **changes) -> Path:

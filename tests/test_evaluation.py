@@ -11,9 +11,10 @@ import persona_pruner as pp
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation.character import evaluate_character
 from persona_pruner.evaluation.metrics import text_nll
-from persona_pruner.evaluation.speed import decode_speeds
+from persona_pruner.evaluation.speed import decode_speeds, fleet_speeds
+from persona_pruner.fleet import Fleet
 from persona_pruner.synthesis import bank
-from persona_pruner.testing import tiny_examples, tiny_model
+from persona_pruner.testing import tiny_examples, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,15 @@ def test_decode_speeds_decode_what_they_say():
     warm, once = [1, 3], [1, 7]
     assert [length - len(prompt) for length in lengths] == [*warm, *warm, *once * 4]
     assert not torch.is_inference_mode_enabled()
+
+
+def test_the_fleet_decodes_as_many(monkeypatch):
+    models, counts, prompt = [tiny_model(), tiny_model(num_hidden_layers=1)], [], tiny_examples(1)[0].prompt
+    step = Fleet.step
+    monkeypatch.setattr(Fleet, "step", lambda fleet: [counts.append(len(events := step(fleet))), events][1])
+    speeds = fleet_speeds(models, tiny_tokenizer(), prompt, tokens=6, rounds=2)
+    assert len(speeds) == 2 and all(speed > 0 for speed in speeds)
+    assert sum(counts) == 2 * 3 + 4 * 7
+    pp.sparsify_(models[0])
+    with pytest.raises(InputError, match="packed"):
+        fleet_speeds(models, tiny_tokenizer(), prompt)

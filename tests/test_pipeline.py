@@ -93,7 +93,8 @@ def test_numbers(whole):
     assert numbers["headline"]["kl_removed"] == 1 - numbers["methods"][0]["kl"] / min(
         row["kl"] for row in numbers["methods"] if row["name"] in ("magnitude", "wanda", "taylor")
     )
-    assert min(numbers["tokens_per_second"][name] for name in ("dense", "pruned")) > 0
+    for engine in ("tokens_per_second", "fleet_tokens_per_second"):
+        assert min(numbers[engine][name] for name in ("dense", "pruned")) > 0
     assert len(numbers["dialogue"]) == 3 and len(numbers["search"]["losses"]) == 3
     assert numbers["held_out"]["questions"] == 4 == len(stage(folder, "held_out")["answers"])
 

@@ -2,10 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+
+from persona_pruner.fleet import DENSE, Fleet, Sampling
 
 
 def _decode(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
@@ -21,14 +23,40 @@ def _decode(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
     return times[1] - times[0]
 
 
+def _fleet_decode(fleet: Fleet, prompt: Sequence[int], tokens: int) -> float:
+    """The same in the fleet's engine."""
+    fleet.submit(DENSE, prompt, Sampling(1 + tokens, temperature=0))
+    while not fleet.step():
+        pass
+    begun = time.perf_counter()
+    while not fleet.idle:
+        fleet.step()
+    return time.perf_counter() - begun
+
+
+def _in_turn(decoders: Sequence[Callable[[int], float]], tokens: int, rounds: int) -> list[float]:
+    """Tokens per second of functions that take so many tokens' seconds, the median over rounds taken in turn."""
+    for decode in decoders:
+        decode(2)
+    seconds: list[list[float]] = [[] for _ in decoders]
+    for _ in range(rounds):
+        for times, decode in zip(seconds, decoders, strict=True):
+            times.append(decode(tokens))
+    return [tokens / statistics.median(times) for times in seconds]
+
+
 @torch.inference_mode()
 def decode_speeds(models: Sequence[nn.Module], prompt: Sequence[int], tokens: int = 32, rounds: int = 3) -> list[float]:
-    """Tokens per second of each model when it decodes one conversation, the median over rounds taken in turn."""
+    """Tokens per second of each model when transformers decodes one conversation with it."""
     ids = torch.tensor([list(prompt)], device=models[0].get_input_embeddings().weight.device)
-    for model in models:
-        _decode(model, ids, 2)
-    seconds: list[list[float]] = [[] for _ in models]
-    for _ in range(rounds):
-        for times, model in zip(seconds, models, strict=True):
-            times.append(_decode(model, ids, tokens))
-    return [tokens / statistics.median(times) for times in seconds]
+    return _in_turn([lambda n, model=model: _decode(model, ids, n) for model in models], tokens, rounds)
+
+
+def fleet_speeds(
+    models: Sequence[nn.Module], tokenizer, prompt: Sequence[int], tokens: int = 32, rounds: int = 3
+) -> list[float]:
+    """The same when the fleet's engine does, which `chat` and `serve` use. Raises InputError for what it cannot run."""
+    fleets = [Fleet(model, tokenizer) for model in models]
+    for fleet in fleets:
+        fleet.stop_ids = set()
+    return _in_turn([lambda n, fleet=fleet: _fleet_decode(fleet, prompt, n) for fleet in fleets], tokens, rounds)

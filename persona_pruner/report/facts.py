@@ -33,6 +33,7 @@ DEFINITIONS = (
     ("KL removed", "1 − KL of the pruned model / KL of the best baseline, at the same size."),
     ("Held out", "no calibration question or answer shares eight words in a row with a held-out question or answer."),
     ("Tokens/s", "greedy decoding of one conversation by transformers, dense and pruned in turn, median of rounds."),
+    ("Tokens/s in chat", "the same by the engine of `chat` and `serve`."),
 )
 _FLAGS = ("scope", "seed", "questions", "eval_questions", "answers")  # options of their own; the rest go by --set
 _SWITCHES = ("repair", "compare")
@@ -101,8 +102,9 @@ def widths(kept: list[int]) -> str:
 def sizes(metrics: dict) -> list[Size]:
     """Parameters, FFN bytes and, where measured, tokens per second, dense and pruned."""
     lines = [("Parameters", metrics["parameters"], big), ("FFN bytes", metrics["ffn_bytes"], size_in_bytes)]
-    if "tokens_per_second" in metrics:
-        lines.append(("Tokens/s", metrics["tokens_per_second"], lambda speed: f"{speed:.1f}"))
+    for label, name in (("Tokens/s", "tokens_per_second"), ("Tokens/s in chat", "fleet_tokens_per_second")):
+        if name in metrics:
+            lines.append((label, metrics[name], lambda speed: f"{speed:.1f}"))
     return [
         Size(label, show(pair["dense"]), show(pair["pruned"]), f"{pair['pruned'] / pair['dense']:.2f}x")
         for label, pair, show in lines
