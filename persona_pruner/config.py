@@ -35,7 +35,7 @@ class SculptConfig(BaseModel):
     start: Literal["fisher", "wanda", "taylor", "random"] = "fisher"
     loss: Literal["kl", "ce"] = "kl"
     steps: int = Field(16, ge=0)
-    lr: float = Field(0.08, gt=0)
+    lr: float = Field(0.045, gt=0, description="in standard deviations of the scores")
     budget: int = Field(1536, ge=64, description="tokens of a packed batch")
     repair: bool = True
     ridge: float = Field(0.1, gt=0)

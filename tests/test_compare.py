@@ -12,12 +12,11 @@ from persona_pruner.errors import InputError, RunError
 from persona_pruner.evaluation import metrics
 from persona_pruner.material import Material
 from persona_pruner.packing import Example
-from persona_pruner.search import ste
 from persona_pruner.search.baselines import BASELINES, prune
 from persona_pruner.search.scores import Context
 from persona_pruner.study import compare as comparing
 from persona_pruner.study import measure, own
-from persona_pruner.study.compare import Clock, Study, compare
+from persona_pruner.study.compare import Clock, compare
 from persona_pruner.study.fence import fenced, hashes
 from persona_pruner.study.plan import GROUPS, builds, chosen_methods, load_personas
 from persona_pruner.study.summary import headlines, kind_of, lines
@@ -209,18 +208,6 @@ def test_lines_and_headlines_by_hand():
     }
     kinds = [kind_of(name) for name in ("wanda", "sparsegpt-2:4", "persona-2:4-ffn", "shared")]
     assert kinds == ["channels", "2:4", "2:4 of the FFN", "channels"]
-
-
-def test_a_search_that_knows_the_means_takes_smaller_steps(folder, tmp_path, monkeypatch):
-    settings = {**QUICK, "bank_questions": 4, "own_questions": 6, "steps": 2}
-    people = load_personas(folder, 1)
-    study = Study(tiny_model(), tiny_tokenizer(), people, tmp_path / "out", "tiny", settings, Recorder())
-    rates, real = [], ste.search
-    monkeypatch.setattr(ste, "search", lambda *a, **k: rates.append(a[3].lr) or real(*a, **k))
-    search = study.search(0, 0)
-    search.masks(0.5, "global")
-    search.masks(0.5, "global", means=search.means())
-    assert rates == [search.config.lr, pytest.approx(search.config.lr * own.GENTLE)]
 
 
 def test_held_out_material_never_reaches_a_method(folder, tmp_path, monkeypatch):

@@ -21,9 +21,6 @@ from persona_pruner.workspace import Workspace
 
 RECOVERY_STEPS = 24
 DISTILL_STEPS = 24
-# Of `lr`, for a search that knows the means and so starts closer to its end: 0.025 instead of 0.08 takes the mean KL of
-# five personas at 25% from 0.405 to 0.386, and one from 0.449 to 0.408, which was 0.423 before the search.
-GENTLE = 0.3125
 
 
 class Search:
@@ -93,14 +90,12 @@ class Search:
     def masks(
         self, ratio: float, scope: str, searched: bool = True, means: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Masks from the scores alone, or after the straight-through steps; `means` as in `ste.search`, with which the
-        steps are `GENTLE`."""
+        """Masks from the scores alone, or after the straight-through steps; `means` as in `ste.search`."""
         scores = self.scores()
         if not searched or not self.config.steps:
             return choice.choose(scores, ratio, scope)
-        named = {name: getattr(self.config, name) for name in ("loss", "steps", "budget", "seed")}
-        lr = self.config.lr * (GENTLE if means else 1)
-        settings = ste.Settings(ratio=ratio, scope=scope, lr=lr, **named)
+        names = ("loss", "steps", "lr", "budget", "seed")
+        settings = ste.Settings(ratio=ratio, scope=scope, **{name: getattr(self.config, name) for name in names})
 
         def make() -> list[Tensor]:
             state = ste.start(scores, scope)
