@@ -182,7 +182,7 @@ def _measure(run: Run, reference: metrics.Reference, variants: list[tuple], slim
             threads = torch.get_num_threads()
             out["tokens_per_second"] = {"dense": dense, "pruned": pruned, "threads": threads}
             if run.model.device.type == "cpu":
-                with suppress(InputError):  # of a family that the engine does not have, and for packed weights
+                with suppress(InputError):  # no such family in the engine, packed weights, or large ones
                     dense, pruned = speed.fleet_speeds([run.model, slim], run.tokenizer, prompt)
                     out["fleet_tokens_per_second"] = {"dense": dense, "pruned": pruned, "threads": threads}
     return out

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from persona_pruner.errors import InputError
 from persona_pruner.fleet import DENSE, Fleet, Sampling
+
+MOST_COPIED = 4 << 30  # bytes of weights
 
 
 def _decode(model: nn.Module, prompt: torch.Tensor, tokens: int) -> float:
@@ -55,7 +58,10 @@ def decode_speeds(models: Sequence[nn.Module], prompt: Sequence[int], tokens: in
 def fleet_speeds(
     models: Sequence[nn.Module], tokenizer, prompt: Sequence[int], tokens: int = 32, rounds: int = 3
 ) -> list[float]:
-    """The same when the fleet's engine does, which `chat` and `serve` use. Raises InputError for what it cannot run."""
+    """The same when the fleet's engine does, that of `chat` and `serve`. It copies the weights: raises InputError where
+    they have more than `MOST_COPIED` bytes, and for what it cannot run."""
+    if sum(p.nbytes for model in models for p in model.parameters()) > MOST_COPIED:
+        raise InputError(f"copies of these models have more than {MOST_COPIED >> 30} GB")
     fleets = [Fleet(model, tokenizer) for model in models]
     for fleet in fleets:
         fleet.stop_ids = set()

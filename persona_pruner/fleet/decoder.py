@@ -21,8 +21,9 @@ from persona_pruner.ops.plan import Plan
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-# A step of few tokens is planned: its native calls are noted once and then made in one. MEASURED. With more
-# tokens that share is small, and a plan keeps every tensor between two layers: 0.3 MB a token in SmolLM2-135M.
+# A step of few tokens is planned: its native calls are noted once and then made in one. SmolLM2-135M, one thread of an
+# EPYC with AVX2, 2026-11-28: 30 ms a token instead of 37 in bfloat16, 20 instead of 23 in int8. With more tokens that
+# share is small, and a plan keeps every tensor between two layers, 0.3 MB a token.
 MOST_PLANNED = 4  # tokens
 PLANS = 8  # the latest used
 
