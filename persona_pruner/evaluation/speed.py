@@ -49,14 +49,14 @@ def _in_turn(decoders: Sequence[Callable[[int], float]], tokens: int, rounds: in
 
 
 @torch.inference_mode()
-def decode_speeds(models: Sequence[nn.Module], prompt: Sequence[int], tokens: int = 32, rounds: int = 3) -> list[float]:
+def decode_speeds(models: Sequence[nn.Module], prompt: Sequence[int], tokens: int = 16, rounds: int = 3) -> list[float]:
     """Tokens per second of each model when transformers decodes one conversation with it."""
     ids = torch.tensor([list(prompt)], device=models[0].get_input_embeddings().weight.device)
     return _in_turn([lambda n, model=model: _decode(model, ids, n) for model in models], tokens, rounds)
 
 
 def fleet_speeds(
-    models: Sequence[nn.Module], tokenizer, prompt: Sequence[int], tokens: int = 32, rounds: int = 3
+    models: Sequence[nn.Module], tokenizer, prompt: Sequence[int], tokens: int = 16, rounds: int = 3
 ) -> list[float]:
     """The same when the fleet's engine does, that of `chat` and `serve`. It copies the weights: raises InputError where
     they have more than `MOST_COPIED` bytes, and for what it cannot run."""
