@@ -30,7 +30,7 @@ struct Ffn {
 };
 
 inline VecF activated(VecF x, bool gelu) {  // x * logistic(z), as in importance.cpp
-  x = x < splat(-1e4f) ? splat(-1e4f) : x;
+  x = at_least(x, -1e4f);
   const VecF z = gelu ? x * (splat(1.5957691216f) + splat(0.07135481283f) * (x * x)) : x;
   return x / (splat(1.0f) + exp(-z));
 }
