@@ -65,6 +65,13 @@ def test_nan_stays_in_its_row_and_infinity_is_a_number(normed, backend):
     assert got[2].isnan().all() if normed else torch.equal(got[2].isinf(), w[:, 5] != 0)
 
 
+@pytest.mark.parametrize("cols", [1, 8, 9, 19, 24, 40, 100])
+def test_what_was_in_memory_before_does_not_show(cols):
+    ops.norm_linear(torch.full((4, 256), torch.nan), torch.ones(8, 256))
+    w, x = weight(20, cols, torch.float32, 2)[0], draw(4, cols)
+    torch.testing.assert_close(ops.norm_linear(x, w), ops.norm_linear(x, w, backend="reference"))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nothing_at_all(backend):
     bias = torch.tensor([1.0, 2.0])

@@ -1,7 +1,7 @@
 // Dot products of weight rows with the few rows of a decode step: what norm_linear and subset_ffn share.
 //
-// A tile is R weight rows times M tokens. Each product has one chain of sums over K, whatever the tile, so that a
-// token's result does not depend, in any bit, on what else is in the batch.
+// A tile is R weight rows times M tokens. Each product has kChains chains of sums, one over every other vector of K,
+// whatever the tile, so that a token's result does not depend, in any bit, on what else is in the batch.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,19 +10,20 @@
 
 #include "vec.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace pp {
 namespace {
 
-constexpr int kMostTokens = kLanes == 16 ? 8 : 4;  // of a tile; 32 registers hold 16 sums, 16 hold 8
-constexpr int kMostSums = kLanes == 16 ? 16 : 8;
+constexpr int kMostTokens = kLanes == 16 ? 8 : 4;  // of a tile: with two chains 16 of 32 registers, or 8 of 16
+constexpr int kChains = 2;  // as fast as four: rows follow each other without a pause
+constexpr int kSpan = kChains * kLanes;
 
-constexpr int rows_of(int tokens) { return std::min(4, kMostSums / tokens); }  // R for M
+constexpr int rows_of(int tokens) { return std::min(4, 16 / tokens); }  // R for M, as many as lane_sums takes
 
-inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+inline int64_t padded(int64_t n) { return (n + kSpan - 1) / kSpan * kSpan; }
 
 inline float from_bits(int64_t bits) {  // functions take integers only: a float32 comes as its bits
   const uint32_t low = static_cast<uint32_t>(bits);
@@ -54,6 +55,13 @@ inline void lane_sums(const VecF* v, int count, float* out) {
   const __m512 high = _mm512_shuffle_f32x4(b[2], b[3], 0x88) + _mm512_shuffle_f32x4(b[2], b[3], 0xdd);
   const __m512 all = _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
   _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << count) - 1), all);
+#elif defined(__AVX2__)
+  for (int i = 0; i < count; i += 4) {
+    const auto at = [&](int j) { return i + j < count ? (__m256)v[i + j] : _mm256_setzero_ps(); };
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(at(0), at(1)), _mm256_hadd_ps(at(2), at(3)));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+    std::memcpy(out + i, &sums, std::min(4, count - i) * sizeof(float));
+  }
 #else
   for (int i = 0; i < count; ++i) {
     float sum = 0;
@@ -63,35 +71,37 @@ inline void lane_sums(const VecF* v, int count, float* out) {
 #endif
 }
 
-// out[r * M + m] = w[r] . x[m] for x rows of `stride` floats, zero from `cols` to the next vector. next[r]: the row to
-// prefetch meanwhile, or null.
+// out[r * M + m] = w[r] . x[m] for x rows of `stride` floats, zero from `cols` to the next multiple of kSpan. next[r]: the
+// row to prefetch meanwhile, or null.
+//
+// Row after row: memory is read fastest as one stream. Four rows side by side, each with its own prefetches, came at 60%
+// of that with one token and at 75% with four (weights of 57 MB in bfloat16, EPYC Zen 3, 2026-11-29).
 template <class T, int R, int M>
 inline void dot_tile(const T* const* w, const T* const* next, const float* x, int64_t stride, int64_t cols, float* out) {
-  constexpr int kLine = 64 / sizeof(T);
-  VecF sum[R * M] = {};
-  const auto step = [&](int64_t i, auto load_weights) {
-    VecF weights[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) weights[r] = load_weights(w[r] + i);
+  VecF done[R * M];
+  for (int r = 0; r < R; ++r) {
+    VecF even[M] = {}, odd[M] = {};
+    const auto span = [&](const T* row, const float* v) __attribute__((always_inline)) {  // else sums in memory
+      const VecF first = load(row), second = load(row + kLanes);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const VecF v = load(x + m * stride + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[r * M + m] += weights[r] * v;
+      for (int m = 0; m < M; ++m) even[m] += first * load(v + m * stride);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) odd[m] += second * load(v + m * stride + kLanes);
+    };
+    int64_t i = 0;
+    for (; i + kSpan <= cols; i += kSpan) {
+#pragma GCC unroll 2
+      for (int line = 0; next && line < kSpan; line += 64 / sizeof(T)) __builtin_prefetch(next[r] + i + line);
+      span(w[r] + i, x + i);
     }
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= cols; i += kLanes) {
-    if (next && i % kLine == 0) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + i);
+    if (i < cols) {
+      T rest[kSpan] = {};
+      std::memcpy(rest, w[r] + i, (cols - i) * sizeof(T));
+      span(rest, x + i);
     }
-    step(i, [](const T* p) { return load(p); });
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) done[r * M + m] = even[m] + odd[m];
   }
-  if (const int rest = static_cast<int>(cols - i)) step(i, [rest](const T* p) { return load(p, rest); });
-  VecF done[R * M];  // not sum itself: GCC would keep an array that others see in memory
-#pragma GCC unroll 16
-  for (int j = 0; j < R * M; ++j) done[j] = sum[j];
   lane_sums(done, R * M, out);
 }
 
@@ -116,6 +126,7 @@ inline void row_groups(int64_t first, int64_t last, Body body) {
 inline void normalize(const float* x, int64_t tokens, int64_t cols, const float* norm, float eps, float* to) {
   const int64_t stride = padded(cols);
   for (int64_t t = 0; t < tokens; ++t, x += cols, to += stride) {
+    std::fill(to + cols, to + stride, 0.0f);
     VecF squares{};
     for (int64_t c = 0; c < cols; c += kLanes) {
       const int n = static_cast<int>(std::min<int64_t>(kLanes, cols - c));

@@ -8,7 +8,7 @@ namespace {
 using namespace pp;
 
 constexpr int64_t kRowBlock = 16;  // weight rows that stay in the L1 cache while all tokens pass
-constexpr int64_t kAhead = 8192;   // bytes to prefetch ahead of the rows in use
+constexpr int64_t kAhead = 16384;  // bytes to prefetch ahead of the rows in use
 
 template <class T>
 void norm_linear(std::uintptr_t x, int64_t tokens, int64_t cols, std::uintptr_t weight, int64_t rows,

@@ -35,63 +35,65 @@ inline VecF activated(VecF x, bool gelu) {  // x * logistic(z), as in importance
   return x / (splat(1.0f) + exp(-z));
 }
 
-// h[c * M + m] for `count` channels and M tokens; `next`: as many channels to prefetch.
-template <class T, int M>
-void hidden_tile(const Ffn<T>& f, const int32_t* channel, const int32_t* next, int count, const float* x, float* h) {
-  float gate[kGroup * M], up[kGroup * M];
-  const auto products = [&](const T* w, const float* scale, const float* bias, float* out) {
-    row_groups<rows_of(M)>(0, count, [&](int64_t c, auto r_of) {
-      constexpr int R = decltype(r_of)::value;
-      const T *row[R], *ahead[R];
-      for (int r = 0; r < R; ++r) {
-        row[r] = w + channel[c + r] * f.pitch;
-        if (next) ahead[r] = w + next[c + r] * f.pitch;
-      }
-      dot_tile<T, R, M>(row, next ? ahead : nullptr, x, f.stride, f.hidden, out + c * M);
-    });
-    if (!scale && !bias) return;
-    for (int c = 0; c < count; ++c) {
-      const float factor = scale ? scale[channel[c]] : 1.0f, term = bias ? bias[channel[c]] : 0.0f;
-      for (int m = 0; m < M; ++m) out[c * M + m] = finished(out[c * M + m], factor, term);
-    }
+// h[c * M + m] for C channels and M tokens. next: 2 * C rows to prefetch, or null.
+template <class T, int C, int M>
+void hidden_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, const float* x, float* h) {
+  constexpr int R = std::min(2 * C, rows_of(M));
+  const T* row[2 * C];
+  for (int c = 0; c < C; ++c) row[2 * c] = f.gate + channel[c] * f.pitch, row[2 * c + 1] = f.up + channel[c] * f.pitch;
+  float z[2 * C * M], gate[C * M], up[C * M];
+  for (int r = 0; r < 2 * C; r += R) {
+    dot_tile<T, R, M>(row + r, next ? next + r : nullptr, x, f.stride, f.hidden, z + r * M);
+  }
+  const auto value = [&](int c, const float* scale, const float* bias, const float* z) {
+    return scale || bias ? finished(*z, scale ? scale[channel[c]] : 1.0f, bias ? bias[channel[c]] : 0.0f) : *z;
   };
-  products(f.gate, f.gate_scale, f.gate_bias, gate);
-  products(f.up, f.up_scale, f.up_bias, up);
-  for (int i = 0; i < count * M; i += kLanes) {
-    const int n = std::min(kLanes, count * M - i);
+  for (int c = 0; c < C; ++c) {
+    for (int m = 0; m < M; ++m) {
+      gate[c * M + m] = value(c, f.gate_scale, f.gate_bias, z + 2 * c * M + m);
+      up[c * M + m] = value(c, f.up_scale, f.up_bias, z + (2 * c + 1) * M + m);
+    }
+  }
+  for (int i = 0; i < C * M; i += kLanes) {
+    const int n = std::min(kLanes, C * M - i);
     store(h + i, activated(load(gate + i, n), f.gelu) * load(up + i, n), n);
   }
   if (f.down_scale) {
-    for (int c = 0; c < count; ++c)
+    for (int c = 0; c < C; ++c)
       for (int m = 0; m < M; ++m) h[c * M + m] *= f.down_scale[channel[c]];
   }
 }
 
-// y[m] += sum over the channels of h[c, m] * down[c]
-template <class T, int M>
-void down_tile(const Ffn<T>& f, const int32_t* channel, const int32_t* next, int count, const float* h, float* y) {
-  const T* row[kGroup];
-  for (int c = 0; c < count; ++c) row[c] = f.down + channel[c] * f.pitch;
+// y[m] += sum over the C channels of h[c, m] * down[c]. next: C rows to prefetch, one after the other, or null.
+template <class T, int C, int M>
+void down_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, const float* h, float* y) {
+  const int64_t stride = f.stride;
+  const T* row[C];
+  VecF factor[C * M];
+  for (int c = 0; c < C; ++c) row[c] = f.down + channel[c] * f.pitch;
+  for (int j = 0; j < C * M; ++j) factor[j] = splat(h[j]);
   const auto step = [&](int64_t i, auto load_weights) {
     VecF sum[M];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sum[m] = load(y + m * f.stride + i);
-    for (int c = 0; c < count; ++c) {
+    for (int m = 0; m < M; ++m) sum[m] = load(y + m * stride + i);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
       const VecF w = load_weights(row[c] + i);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) sum[m] += splat(h[c * M + m]) * w;
+      for (int m = 0; m < M; ++m) sum[m] += factor[c * M + m] * w;
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) store(y + m * f.stride + i, sum[m]);
+    for (int m = 0; m < M; ++m) store(y + m * stride + i, sum[m]);
   };
-  int64_t i = 0;
-  for (; i + kLanes <= f.hidden; i += kLanes) {
-    if (next && i % (64 / sizeof(T)) == 0) {
-      for (int c = 0; c < count; ++c) __builtin_prefetch(f.down + next[c] * f.pitch + i);
+  const int64_t whole = f.hidden / kLanes * kLanes, part = whole / C / kLanes * kLanes;
+  for (int c = 0; c < C; ++c) {
+    const int64_t first = c * part, last = c + 1 < C ? first + part : whole;
+    for (int64_t i = first; i < last; i += kLanes) {
+      for (int line = 0; next && line < C * kLanes; line += 64 / sizeof(T)) __builtin_prefetch(next[c] + (i - first) * C + line);
+      step(i, [](const T* p) { return load(p); });
     }
-    step(i, [](const T* p) { return load(p); });
   }
-  if (const int rest = static_cast<int>(f.hidden - i)) step(i, [rest](const T* p) { return load(p, rest); });
+  if (const int rest = static_cast<int>(f.hidden - whole)) step(whole, [rest](const T* p) { return load(p, rest); });
 }
 
 // The channels [channel, channel + count) for `tokens` tokens, into y [tokens, stride]. The list goes on for `listed`
@@ -99,16 +101,22 @@ void down_tile(const Ffn<T>& f, const int32_t* channel, const int32_t* next, int
 template <class T>
 void channels_into(const Ffn<T>& f, const int32_t* channel, int64_t count, int64_t listed, const float* x,
                    int64_t tokens, float* y) {
-  for (int64_t c = 0; c < count; c += kGroup) {
-    const int size = static_cast<int>(std::min<int64_t>(kGroup, count - c));
-    const int32_t* next = c + size + kGroup <= listed ? channel + c + size : nullptr;
+  row_groups<kGroup>(0, count, [&](int64_t c, auto c_of) {
+    constexpr int C = decltype(c_of)::value;
+    const bool more = c + 2 * C <= listed;
+    const T* next[3 * C];  // in the order in which they lie in memory where a channel's rows are together
+    for (int n = 0; more && n < C; ++n) {
+      const int64_t at = channel[c + C + n] * f.pitch;
+      next[3 * n] = f.gate + at, next[3 * n + 1] = f.up + at, next[3 * n + 2] = f.down + at;
+    }
     token_tiles(tokens, [&](int64_t t, auto m_of) {
       constexpr int M = decltype(m_of)::value;
-      float h[kGroup * M];
-      hidden_tile<T, M>(f, channel + c, t ? nullptr : next, size, x + t * f.stride, h);
-      down_tile<T, M>(f, channel + c, t ? nullptr : next, size, h, y + t * f.stride);
+      const bool ahead = more && t == 0;
+      float h[C * M];
+      hidden_tile<T, C, M>(f, channel + c, ahead ? next : nullptr, x + t * f.stride, h);
+      down_tile<T, C, M>(f, channel + c, ahead ? next + 2 * C : nullptr, h, y + t * f.stride);
     });
-  }
+  });
 }
 
 template <class T>
