@@ -3,11 +3,12 @@
     persona-pruner bench fleet                        SmolLM2-135M, two threads, bfloat16 and int8; a few minutes
     persona-pruner bench fleet --weights bf16 --tokens 32
 
-Characters keep half of the channels of every layer, at random but for what real ones have in common. Peers: `generate` of
-transformers on the dense model in bfloat16, one conversation after the other; the dense model in the same scheduler;
-llama.cpp (the xllamacpp wheel) on the dense model as F16 and Q8_0, made here from the same checkpoint. Decoding is
-timed after the prompt, greedily, without an end of turn; contestants take turns and a figure is the median of the
-rounds. Before anything is timed, the fleet's float32 tokens are compared with those of `generate` on the slim model.
+Characters keep half of the channels of every layer, at random but for what real ones have in common. Peers:
+`generate` of transformers on the dense model in bfloat16, one conversation after the other; the dense model in the same
+scheduler; llama.cpp (the xllamacpp wheel) on the dense model as F16 and Q8_0, made here from the same checkpoint.
+Decoding is timed after the prompt, greedily, without an end of turn; contestants take turns and a figure is the median
+of the rounds. Before anything is timed, the fleet's float32 tokens are compared with those of `generate` on the slim
+model.
 """
 
 import argparse
@@ -36,8 +37,8 @@ CHARACTERS, CONVERSATIONS = 8, 16
 
 
 def characters(model, count):
-    """Files of characters that keep half of the channels of every layer. Two share 82% of theirs, like the five published
-    personas of docs/results.md by their scores: what is common to scores has 5.4 times the variance of what is not."""
+    """Files of characters that keep half of the channels of every layer. Two share 82% of theirs, like the five
+    published personas of docs/results.md by their scores: what scores share has 5.4 times the variance of the rest."""
     generator = torch.Generator().manual_seed(0)
     common = [torch.randn(width, generator=generator) for width in models.widths(model)]
     for index in range(count):
