@@ -12,8 +12,8 @@ from persona_pruner.errors import InputError
 from persona_pruner.testing import assert_close_to_oracle
 
 op = importlib.import_module("persona_pruner.ops.norm_linear")  # the name in the package is the function
-# tokens, rows, columns
-SHAPES = [(1, 1, 1), (1, 50, 576), (3, 17, 19), (7, 33, 64), (16, 40, 100), (29, 64, 33)]
+# tokens, rows, columns; rows of a page and more are read side by side
+SHAPES = [(1, 1, 1), (1, 50, 576), (3, 17, 19), (7, 33, 64), (16, 40, 100), (29, 64, 33), (7, 9, 4100)]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -1,7 +1,7 @@
 // Dot products of weight rows with the few rows of a decode step: what norm_linear and subset_ffn share.
 //
-// A tile is R weight rows times M tokens. Each product has kChains chains of sums, one over every other vector of K,
-// whatever the tile, so that a token's result does not depend, in any bit, on what else is in the batch.
+// A tile is R weight rows times M tokens. What a product is summed in depends on K alone (one chain in dot_tile, two in
+// dot_rows), not on the tile, so that a token's result does not depend, in any bit, on what else is in the batch.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -17,13 +17,12 @@
 namespace pp {
 namespace {
 
-constexpr int kMostTokens = kLanes == 16 ? 8 : 4;  // of a tile: with two chains 16 of 32 registers, or 8 of 16
-constexpr int kChains = 2;  // as fast as four: rows follow each other without a pause
-constexpr int kSpan = kChains * kLanes;
+constexpr int kMostTokens = kLanes == 16 ? 8 : 4;  // of a tile; 32 registers hold 16 sums, 16 hold 8
+constexpr int kMostSums = kLanes == 16 ? 16 : 8;
 
-constexpr int rows_of(int tokens) { return std::min(4, 16 / tokens); }  // R for M, as many as lane_sums takes
+constexpr int rows_of(int tokens) { return std::min(4, kMostSums / tokens); }  // R for M
 
-inline int64_t padded(int64_t n) { return (n + kSpan - 1) / kSpan * kSpan; }
+inline int64_t padded(int64_t n) { return (n + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
 
 inline float from_bits(int64_t bits) {  // functions take integers only: a float32 comes as its bits
   const uint32_t low = static_cast<uint32_t>(bits);
@@ -71,13 +70,47 @@ inline void lane_sums(const VecF* v, int count, float* out) {
 #endif
 }
 
-// out[r * M + m] = w[r] . x[m] for x rows of `stride` floats, zero from `cols` to the next multiple of kSpan. next[r]: the
-// row to prefetch meanwhile, or null.
-//
-// Row after row: memory is read fastest as one stream. Four rows side by side, each with its own prefetches, came at 60%
-// of that with one token and at 75% with four (weights of 57 MB in bfloat16, EPYC Zen 3, 2026-11-29).
+// out[r * M + m] = w[r] . x[m] for x rows of `stride` floats, zero from `cols` to the next vector. next[r]: the row to
+// prefetch meanwhile, or null.
 template <class T, int R, int M>
 inline void dot_tile(const T* const* w, const T* const* next, const float* x, int64_t stride, int64_t cols, float* out) {
+  constexpr int kLine = 64 / sizeof(T);
+  VecF sum[R * M] = {};
+  const auto step = [&](int64_t i, auto load_weights) {
+    VecF weights[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) weights[r] = load_weights(w[r] + i);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const VecF v = load(x + m * stride + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r * M + m] += weights[r] * v;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= cols; i += kLanes) {
+    if (next && i % kLine == 0) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + i);
+    }
+    step(i, [](const T* p) { return load(p); });
+  }
+  if (const int rest = static_cast<int>(cols - i)) step(i, [rest](const T* p) { return load(p, rest); });
+  VecF done[R * M];  // not sum itself: GCC would keep an array that others see in memory
+#pragma GCC unroll 16
+  for (int j = 0; j < R * M; ++j) done[j] = sum[j];
+  lane_sums(done, R * M, out);
+}
+
+// The same, row after row, its bits others than dot_tile's. Memory is read fastest as one stream a page: rows of 1.1 KB
+// side by side came at 60% to 80% of the speed that they have in order, rows of 16 KB in order at 60% to 90% of what they
+// have side by side (EPYC Zen 3, 2026-11-29). Two chains of sums, since one row and one token do not fill the
+// multiply-adds. x is zero from `cols` to the next multiple of two vectors.
+constexpr int64_t kShort = 4096;  // bytes; shorter rows are read in order
+
+template <class T, int R, int M>
+inline void dot_rows(const T* const* w, const T* const* next, const float* x, int64_t stride, int64_t cols, float* out) {
+  constexpr int kSpan = 2 * kLanes;
   VecF done[R * M];
   for (int r = 0; r < R; ++r) {
     VecF even[M] = {}, odd[M] = {};

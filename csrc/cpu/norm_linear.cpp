@@ -17,7 +17,8 @@ void norm_linear(std::uintptr_t x, int64_t tokens, int64_t cols, std::uintptr_t 
   const T* w = pointer<const T>(weight);
   const float *scale = pointer<const float>(scales), *add = pointer<const float>(bias);
   const float* old = pointer<const float>(residual);
-  float *out = pointer<float>(y), *n = scratch<0>(tokens * padded(cols));
+  const int64_t stride = padded(cols);
+  float *out = pointer<float>(y), *n = scratch<0>(tokens * stride);
   normalize(pointer<const float>(x), tokens, cols, pointer<const float>(norm), from_bits(eps), n);
   const int64_t ahead = std::max<int64_t>(1, kAhead / std::max<int64_t>(1, cols * sizeof(T)));
   split_rows(rows, kRowBlock, rows * cols * sizeof(T) * std::min<int64_t>(tokens, 16), threads,
@@ -34,7 +35,12 @@ void norm_linear(std::uintptr_t x, int64_t tokens, int64_t cols, std::uintptr_t 
             next[r] = w + std::min(last - 1, row + r + ahead) * cols;
           }
           float sums[R * M];
-          dot_tile<T, R, M>(part, t == 0 ? next : nullptr, n + t * padded(cols), padded(cols), cols, sums);
+          const T* const* ahead_of = t == 0 ? next : nullptr;
+          if (cols * sizeof(T) < kShort) {
+            dot_rows<T, R, M>(part, ahead_of, n + t * stride, stride, cols, sums);
+          } else {
+            dot_tile<T, R, M>(part, ahead_of, n + t * stride, stride, cols, sums);
+          }
           for (int r = 0; r < R; ++r) {
             for (int m = 0; m < M; ++m) {
               const int64_t at = (t + m) * rows + row + r;

@@ -38,12 +38,12 @@ inline VecF activated(VecF x, bool gelu) {  // x * logistic(z), as in importance
 // h[c * M + m] for C channels and M tokens. next: 2 * C rows to prefetch, or null.
 template <class T, int C, int M>
 void hidden_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, const float* x, float* h) {
-  constexpr int R = std::min(2 * C, rows_of(M));
   const T* row[2 * C];
   for (int c = 0; c < C; ++c) row[2 * c] = f.gate + channel[c] * f.pitch, row[2 * c + 1] = f.up + channel[c] * f.pitch;
   float z[2 * C * M], gate[C * M], up[C * M];
+  constexpr int R = std::min({2 * C, 4, 16 / M});  // lane_sums takes 16
   for (int r = 0; r < 2 * C; r += R) {
-    dot_tile<T, R, M>(row + r, next ? next + r : nullptr, x, f.stride, f.hidden, z + r * M);
+    dot_rows<T, R, M>(row + r, next ? next + r : nullptr, x, f.stride, f.hidden, z + r * M);
   }
   const auto value = [&](int c, const float* scale, const float* bias, const float* z) {
     return scale || bias ? finished(*z, scale ? scale[channel[c]] : 1.0f, bias ? bias[channel[c]] : 0.0f) : *z;
