@@ -40,6 +40,7 @@ class SculptConfig(BaseModel):
     repair: bool = True
     ridge: float = Field(0.1, gt=0)
 
+    neutral_texts: int = Field(16, ge=1, le=16, description="texts without the persona that every model is measured on")
     compare: bool = Field(True, description="measure the baselines and speeds too")
 
     @classmethod

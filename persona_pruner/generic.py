@@ -40,9 +40,9 @@ class Generic:
         """Token ids of the texts that baselines are calibrated on."""
         return [encode(self.tokenizer, text) for text in bank.passages("calibration")]
 
-    @property
-    def neutral_tokens(self) -> int:
-        return sum(map(len, self._neutral))
+    def neutral_tokens(self, texts: int | None = None) -> int:
+        """Tokens of the first `texts` neutral texts, or of all; the other functions count them alike."""
+        return sum(map(len, self._neutral[:texts]))
 
     def references(self, questions: Sequence[str], step: Callable[[int], None]) -> Tensor:
         """`reference_directions` of these questions; `step` as there."""
@@ -58,16 +58,16 @@ class Generic:
         step(len(questions) * len(REFERENCE_SYSTEMS) - told)
         return found
 
-    def neutral_nll(self) -> float:
+    def neutral_nll(self, texts: int | None = None) -> float:
         """NLL of the dense model on the neutral texts, nats per token."""
-        key = files.digest([self.root, self._neutral])
-        return self._value("neutral", key, lambda: metrics.text_nll(self.model, self._neutral))
+        key = files.digest([self.root, self._neutral[:texts]])
+        return self._value("neutral", key, lambda: metrics.text_nll(self.model, self._neutral[:texts]))
 
-    def neutral_nll_of(self, model: nn.Module) -> float:
+    def neutral_nll_of(self, model: nn.Module, texts: int | None = None) -> float:
         """The same of another model, or of the dense one under a mask; never stored."""
-        return metrics.text_nll(model, self._neutral)
+        return metrics.text_nll(model, self._neutral[:texts])
 
-    def baseline(self, name: str, ratio: float, seed: int) -> tuple[list[Tensor], float]:
+    def baseline(self, name: str, ratio: float, seed: int, texts: int | None = None) -> tuple[list[Tensor], float]:
         """The masks of a baseline on generic calibration text, equal widths, and its NLL on the neutral texts."""
         key = files.digest([self.root, name, seed, self.calibration])
 
@@ -81,9 +81,9 @@ class Generic:
 
         def nll() -> float:
             with masked(self.model, masks):
-                return self.neutral_nll_of(self.model)
+                return self.neutral_nll_of(self.model, texts)
 
-        return masks, self._value(f"neutral-{name}", files.digest([key, ratio, self._neutral]), nll)
+        return masks, self._value(f"neutral-{name}", files.digest([key, ratio, self._neutral[:texts]]), nll)
 
     def pruned(self, name: str) -> nn.Module:
         """A copy pruned by one of `search.baselines` that has one ratio, on generic calibration text; never stored."""

@@ -13,7 +13,8 @@ from persona_pruner.packing import Example, pack
 from persona_pruner.search.repair import TOKENS
 from persona_pruner.search.scores import Context, channel_scores
 
-SCALED = ("own_questions", "bank_questions", "bank_candidates", "score_examples", "steps")
+SCALED = ("own_questions", "bank_questions", "bank_candidates", "score_examples", "steps", "neutral_texts")
+LEAST = {"neutral_texts": 4}  # fewer say little, whatever the time
 PASSAGES = 5  # neutral texts of the measured pass, a thousand tokens
 EIGHTHS = 8  # shares of the sizes are whole eighths, so that a noisy clock seldom gives another run
 # What stages of the demo took, in tokens passed forward and backward in the same time. The same to a quarter on an
@@ -26,7 +27,9 @@ ANSWER = 1.5  # times `answer_tokens`
 STEP = 1.14  # times the tokens of a search step: the dense model's logits are made anew
 REFIT = 1.15  # times the tokens of an example
 TARGET = 0.4  # times the tokens of an example that gives no scores
-NUMBERS, COMPARED = 17_000, 41_000  # what is measured and said in the end, without and with baselines
+NEUTRAL = 70  # a neutral text: 170 tokens, forward alone
+NUMBERS, COMPARED = 14_000, 32_000  # what else is measured and said in the end, without and with baselines
+MODELS, ALL_MODELS = 3, 8  # that see the neutral texts, without and with baselines
 
 
 def tokens(config: SculptConfig, prompt: int) -> float:
@@ -46,6 +49,7 @@ def tokens(config: SculptConfig, prompt: int) -> float:
         total += packed(scored, config.budget) + config.steps * config.budget * STEP
         total += TARGET * packed(examples - scored, config.budget) if config.steps else 0
     total += REFIT * packed(examples, TOKENS) if config.repair else 0
+    total += config.neutral_texts * NEUTRAL * (ALL_MODELS if config.compare else MODELS)
     return total + (COMPARED if config.compare else NUMBERS)
 
 
@@ -61,9 +65,10 @@ def second_per_token(model: nn.Module, texts: list[list[int]], seed: int = 0) ->
 
 
 def scaled(config: SculptConfig, eighths: int) -> SculptConfig:
-    """The settings with an eighth, two eighths, .. of what takes time, at least one of each that is not zero, and no
-    limit any more: another machine makes the same of them."""
-    sizes = {name: math.ceil(getattr(config, name) * eighths / EIGHTHS) for name in SCALED}
+    """The settings with an eighth, two eighths, .. of what takes time, at least one of each that is not zero (or what
+    LEAST says), and no limit any more: another machine makes the same of them."""
+    whole = {name: getattr(config, name) for name in SCALED}
+    sizes = {n: min(size, max(LEAST.get(n, 0), math.ceil(size * eighths / EIGHTHS))) for n, size in whole.items()}
     return config.model_copy(update={**sizes, "minutes": None})
 
 

@@ -144,19 +144,19 @@ def _variants(run: Run, masks: list[Tensor], scores: list[Tensor], slim: nn.Modu
 def _measure(run: Run, reference: metrics.Reference, variants: list[tuple], slim: nn.Module, held_out: dict) -> dict:
     """The numbers of the report: `variants` are (name, how, masks, model: run.model for weights untouched), the product
     first."""
-    rows, generic = [], run.generic
+    rows, generic, texts = [], run.generic, run.config.neutral_texts
     names = BASELINES if run.config.compare and run.config.ratio else ()
     with run.progress.stage("numbers on held-out questions", len(variants) + len(names) + 1) as step:
-        dense_neutral = generic.neutral_nll()
+        dense_neutral = generic.neutral_nll(texts)
         step(1)
         known = {}
         for name in names:
-            masks, known[name] = generic.baseline(name, run.config.ratio, run.config.seed)
+            masks, known[name] = generic.baseline(name, run.config.ratio, run.config.seed, texts)
             how = "weights alone" if name == "magnitude" else "generic calibration"
             variants.append((name, how, masks, run.model))
         for name, how, masks, model in variants:
             with masked(model, masks) if model is run.model else nullcontext():
-                neutral = known[name] if name in known else generic.neutral_nll_of(model)
+                neutral = known[name] if name in known else generic.neutral_nll_of(model, texts)
                 found = metrics.fidelity(model, reference)
             rows.append(_row(name, how, found, neutral - dense_neutral, masks))
             step(1)
@@ -170,7 +170,7 @@ def _measure(run: Run, reference: metrics.Reference, variants: list[tuple], slim
             "tokens": sum(map(len, held_out["answers"])),
             "dense_nll": reference.nll,
         },
-        "neutral": {"dense_nll": dense_neutral, "tokens": generic.neutral_tokens},
+        "neutral": {"dense_nll": dense_neutral, "tokens": generic.neutral_tokens(texts)},
         "methods": rows,
     }
     if best:

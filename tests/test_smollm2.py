@@ -16,7 +16,7 @@ from persona_pruner.formats.persona_file import PersonaFile
 CARD = Path(__file__).parents[1] / "examples" / "cards" / "blacksmith.json"
 SHORT = {
     "own_questions": 8, "bank_questions": 2, "filter": "false", "answer_tokens": 24, "held_out_questions": 3,
-    "held_out_tokens": 24, "steps": 2, "repair": "false",
+    "held_out_tokens": 24, "steps": 2, "repair": "false", "neutral_texts": 2,
 }  # fmt: skip
 THREADS = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
 PLAIN = """

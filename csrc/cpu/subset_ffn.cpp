@@ -42,6 +42,7 @@ void hidden_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, 
   for (int c = 0; c < C; ++c) row[2 * c] = f.gate + channel[c] * f.pitch, row[2 * c + 1] = f.up + channel[c] * f.pitch;
   float z[2 * C * M], gate[C * M], up[C * M];
   constexpr int R = std::min({2 * C, 4, 16 / M});  // lane_sums takes 16
+  // Rows of any length in order: those of a channel are one stretch, those of the next may be anywhere.
   for (int r = 0; r < 2 * C; r += R) {
     dot_rows<T, R, M>(row + r, next ? next + r : nullptr, x, f.stride, f.hidden, z + r * M);
   }
