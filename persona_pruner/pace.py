@@ -49,8 +49,8 @@ def tokens(config: SculptConfig, prompt: int) -> float:
         total += packed(scored, config.budget) + config.steps * config.budget * STEP
         total += TARGET * packed(examples - scored, config.budget) if config.steps else 0
     total += REFIT * packed(examples, TOKENS) if config.repair else 0
-    total += config.neutral_texts * NEUTRAL * (ALL_MODELS if config.compare else MODELS)
-    return total + (COMPARED if config.compare else NUMBERS)
+    models, numbers = (ALL_MODELS, COMPARED) if config.compare else (MODELS, NUMBERS)
+    return total + config.neutral_texts * NEUTRAL * models + numbers
 
 
 def second_per_token(model: nn.Module, texts: list[list[int]], seed: int = 0) -> float:

@@ -13,9 +13,9 @@ from persona_pruner.testing import assert_close_to_oracle
 
 op = importlib.import_module("persona_pruner.ops.subset_ffn")  # the name in the package is the function
 
-# width, hidden, rows of each segment
+# width, hidden, rows of each segment; rows of a page and more are read side by side
 FFNS = [(1, 1, [1]), (37, 19, [1, 3]), (64, 32, [5]), (200, 72, [1, 2, 4, 8]), (130, 100, [0, 9, 0, 1]),
-        (96, 33, [70, 3, 60]), (300, 64, [1] * 7)]  # fmt: skip
+        (96, 33, [70, 3, 60]), (300, 64, [1] * 7), (13, 4100, [1, 6])]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -36,15 +36,19 @@ inline VecF activated(VecF x, bool gelu) {  // x * logistic(z), as in importance
 }
 
 // h[c * M + m] for C channels and M tokens. next: 2 * C rows to prefetch, or null.
-template <class T, int C, int M>
+template <class T, bool kInOrder, int C, int M>
 void hidden_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, const float* x, float* h) {
   const T* row[2 * C];
   for (int c = 0; c < C; ++c) row[2 * c] = f.gate + channel[c] * f.pitch, row[2 * c + 1] = f.up + channel[c] * f.pitch;
   float z[2 * C * M], gate[C * M], up[C * M];
-  constexpr int R = std::min({2 * C, 4, 16 / M});  // lane_sums takes 16
-  // Rows of any length in order: those of a channel are one stretch, those of the next may be anywhere.
+  constexpr int R = std::min(2 * C, kInOrder ? std::min(4, 16 / M) : rows_of(M));  // lane_sums takes 16
   for (int r = 0; r < 2 * C; r += R) {
-    dot_rows<T, R, M>(row + r, next ? next + r : nullptr, x, f.stride, f.hidden, z + r * M);
+    const T* const* ahead = next ? next + r : nullptr;
+    if constexpr (kInOrder) {
+      dot_rows<T, R, M>(row + r, ahead, x, f.stride, f.hidden, z + r * M);
+    } else {
+      dot_tile<T, R, M>(row + r, ahead, x, f.stride, f.hidden, z + r * M);
+    }
   }
   const auto value = [&](int c, const float* scale, const float* bias, const float* z) {
     return scale || bias ? finished(*z, scale ? scale[channel[c]] : 1.0f, bias ? bias[channel[c]] : 0.0f) : *z;
@@ -65,15 +69,16 @@ void hidden_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, 
   }
 }
 
-// y[m] += sum over the C channels of h[c, m] * down[c]. next: C rows to prefetch, one after the other, or null.
-template <class T, int C, int M>
-void down_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, const float* h, float* y) {
+// y[m] += sum over the C channels of h[c, m] * down[c]. next: C rows to prefetch, or null.
+template <class T, bool kInOrder, int C, int M>
+PP_ALONE void down_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, const float* h, float* y) {
+  constexpr int kLine = 64 / sizeof(T);
   const int64_t stride = f.stride;
   const T* row[C];
   VecF factor[C * M];
   for (int c = 0; c < C; ++c) row[c] = f.down + channel[c] * f.pitch;
   for (int j = 0; j < C * M; ++j) factor[j] = splat(h[j]);
-  const auto step = [&](int64_t i, auto load_weights) {
+  const auto step = [&](int64_t i, auto load_weights) __attribute__((always_inline)) {
     VecF sum[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sum[m] = load(y + m * stride + i);
@@ -90,7 +95,11 @@ void down_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, co
   for (int c = 0; c < C; ++c) {
     const int64_t first = c * part, last = c + 1 < C ? first + part : whole;
     for (int64_t i = first; i < last; i += kLanes) {
-      for (int line = 0; next && line < C * kLanes; line += 64 / sizeof(T)) __builtin_prefetch(next[c] + (i - first) * C + line);
+      if (next && kInOrder) {
+        for (int line = 0; line < C * kLanes; line += kLine) __builtin_prefetch(next[c] + (i - first) * C + line);
+      } else if (next && i % kLine == 0) {
+        for (int n = 0; n < C; ++n) __builtin_prefetch(next[n] + i);
+      }
       step(i, [](const T* p) { return load(p); });
     }
   }
@@ -98,8 +107,9 @@ void down_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, co
 }
 
 // The channels [channel, channel + count) for `tokens` tokens, into y [tokens, stride]. The list goes on for `listed`
-// channels, which the same thread most likely does next: the first of them are prefetched already.
-template <class T>
+// channels, which the same thread most likely does next: the first of them are prefetched already. kInOrder: rows are
+// shorter than kShort bytes.
+template <class T, bool kInOrder>
 void channels_into(const Ffn<T>& f, const int32_t* channel, int64_t count, int64_t listed, const float* x,
                    int64_t tokens, float* y) {
   row_groups<kGroup>(0, count, [&](int64_t c, auto c_of) {
@@ -114,8 +124,8 @@ void channels_into(const Ffn<T>& f, const int32_t* channel, int64_t count, int64
       constexpr int M = decltype(m_of)::value;
       const bool ahead = more && t == 0;
       float h[C * M];
-      hidden_tile<T, C, M>(f, channel + c, ahead ? next : nullptr, x + t * f.stride, h);
-      down_tile<T, C, M>(f, channel + c, ahead ? next + 2 * C : nullptr, h, y + t * f.stride);
+      hidden_tile<T, kInOrder, C, M>(f, channel + c, ahead ? next : nullptr, x + t * f.stride, h);
+      down_tile<T, kInOrder, C, M>(f, channel + c, ahead ? next + 2 * C : nullptr, h, y + t * f.stride);
     });
   });
 }
@@ -135,6 +145,7 @@ void subset_ffn(std::uintptr_t x_, int64_t tokens, int64_t hidden, int64_t pitch
   const float *x = pointer<const float>(x_), *bias = pointer<const float>(down_bias);
   const float* old = pointer<const float>(residual);
   float* out = pointer<float>(y);
+  const auto into = hidden * sizeof(T) < kShort ? channels_into<T, true> : channels_into<T, false>;
   const int64_t rows = std::min(tokens, kChunk), span = (width + kParts - 1) / kParts;
   float *n = scratch<0>(rows * f.stride), *sums = scratch<1>(kParts * rows * f.stride);
 
@@ -164,7 +175,7 @@ void subset_ffn(std::uintptr_t x_, int64_t tokens, int64_t hidden, int64_t pitch
           const int32_t *begin = channels + s.first, *end = begin + s.count;
           const auto* from = std::lower_bound(begin, end, p * span);
           const auto* to = std::lower_bound(from, end, (p + 1) * span);
-          channels_into(f, from, to - from, end - from, n + row * f.stride, s.rows, part + row * f.stride);
+          into(f, from, to - from, end - from, n + row * f.stride, s.rows, part + row * f.stride);
           row += s.rows;
         }
       }
