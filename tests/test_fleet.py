@@ -305,7 +305,9 @@ def test_planned_steps_give_the_same_logits_in_every_bit(family, monkeypatch):
         monkeypatch.setattr(decoding, "MOST_PLANNED", most)
         one, logits = fleet(family), []
         forward = one.decoder.forward
-        one.decoder.forward = lambda *args, forward=forward, logits=logits: logits.append(forward(*args)) or logits[-1]
+        one.decoder.forward = lambda *args, forward=forward, logits=logits: (
+            logits.append(forward(*args).clone()) or logits[-1]
+        )
         for name, question, count in (("anna", "hello", 9), ("anna", "why?", 30), ("bert", "hello", 5)):
             one.submit(name, chat("", question), Sampling(max_new_tokens=count, temperature=0))
             one.step()

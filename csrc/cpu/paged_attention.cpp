@@ -34,15 +34,24 @@ void rotate(const float* x, int64_t size, const float* cos, const float* sin, co
   }
 }
 
+// The cache lines of `count` numbers. Blocks are pieces of 1 to 4 KB in memory: each is asked for while the one before it
+// is worked on (short and long rows 1.1 to 1.4 times as fast on one thread of an EPYC Zen 3, 2026-11-29).
+template <class T>
+inline void prefetch(const T* from, int64_t count) {
+  for (int64_t line = 0; line < count; line += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + line);
+}
+
 // G heads of one token that share key head `kv`, over the tokens first .. last of its row. scores: G * stride floats.
 template <class T, int G>
 void attend(const Cache& c, const T* keys, const T* values, int64_t kv, const float* q, int64_t first, int64_t last,
             float* scores, int64_t stride, float* out) {
   const int64_t begin = first / kBlock, end = last / kBlock + 1, block = c.size * kBlock;
+  const auto part = [&](const T* cache, int64_t b) { return cache + (c.table[b] * c.kv_heads + kv) * block; };
   for (int64_t b = begin; b < end; ++b) {
-    const T* k = keys + (c.table[b] * c.kv_heads + kv) * block;
+    const T *k = part(keys, b), *next = b + 1 < end ? part(keys, b + 1) : part(values, begin);
     VecF sum[G][kPerBlock][2] = {};
     for (int64_t i = 0; i < c.size; i += 2) {
+      prefetch(next + i * kBlock, 2 * kBlock);
 #pragma GCC unroll 2
       for (int odd = 0; odd < 2; ++odd) {
 #pragma GCC unroll 4
@@ -78,7 +87,7 @@ void attend(const Cache& c, const T* keys, const T* values, int64_t kv, const fl
     const int wide = static_cast<int>(std::min<int64_t>(kWide, (c.size - from + kLanes - 1) / kLanes));
     VecF sum[G][kWide] = {};
     const auto add = [&](int64_t i, auto lanes) {
-      const T* v = values + (c.table[begin + i / kBlock] * c.kv_heads + kv) * block + i % kBlock * c.size + from;
+      const T* v = part(values, begin + i / kBlock) + i % kBlock * c.size + from;
 #pragma GCC unroll 4
       for (int w = 0; w < kWide; ++w) {
         if (w >= wide) break;
@@ -89,6 +98,7 @@ void attend(const Cache& c, const T* keys, const T* values, int64_t kv, const fl
     };
     const bool even = from + kWide * kLanes <= c.size;
     for (int64_t i = skip; i < count; ++i) {
+      if (!from && i + kBlock < count) prefetch(part(values, begin + i / kBlock + 1) + i % kBlock * c.size, c.size);
       if (even) {
         add(i, [](const T* p, int64_t) { return load(p); });
       } else {
@@ -123,9 +133,11 @@ void paged_attention(std::uintptr_t qkv_, int64_t tokens, std::uintptr_t cos_, s
   }
   const int64_t stride = (longest + kBlock - 1) / kBlock * kBlock + kBlock;  // a window may begin inside a block
   const int team = work * heads * size < (32 << 10) ? 1 : threads;
-  // with few tokens every head is a unit of its own, for the sake of balance; its bits are the same
-  const int64_t together = tokens * kv_heads < 4 * team ? 1 : std::min<int64_t>(group, kMostHeads);
-  const int64_t units = (group + together - 1) / together;
+  // Heads that share keys go together, but one by one where that is balanced better; the bits are the same. A head alone
+  // costs 1.5 times its share of three (EPYC Zen 3).
+  const auto most = [&](int64_t units) { return (tokens * kv_heads * units + team - 1) / team; };  // of one thread
+  int64_t together = std::min<int64_t>(group, kMostHeads), units = (group + together - 1) / together;
+  if (2 * most(units) * together > 3 * most(group)) together = 1, units = group;
 #pragma omp parallel num_threads(team) if (team > 1)
   {
 #pragma omp for schedule(static)

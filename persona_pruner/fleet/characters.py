@@ -36,7 +36,8 @@ class Characters:
         self._widths, self._fingerprint, self._base, self._most = widths, fingerprint, base, lists
         self._residents = {DENSE: Resident(DENSE, widths=tuple(widths))}
         self._channels: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._grouped: tuple = ()
+        self._grouped: tuple = ()  # the lists of the characters asked for last
+        self._last: tuple = ()  # and the segments for as many rows of each
 
     def __len__(self) -> int:
         return len(self._residents) - 1
@@ -79,6 +80,12 @@ class Characters:
     def segments(self, rows: dict[Resident, int]) -> tuple[Tensor, Tensor]:
         """What subset_ffn needs for so many rows of each, in this order: the channels of all layers, int32, and for
         each layer the segments, int64 [layers, characters, 3]."""
+        asked = tuple((one.serial, count) for one, count in rows.items())
+        if self._last[:1] != (asked,):
+            self._last = asked, *self._segments(rows)
+        return self._last[1:]
+
+    def _segments(self, rows: dict[Resident, int]) -> tuple[Tensor, Tensor]:
         serials = tuple(one.serial for one in rows)
         if self._grouped[:1] != (serials,):
             kept = [self._kept(one) for one in rows]

@@ -100,7 +100,7 @@ class Batch:
 
 @dataclass
 class Step:
-    """A planned step: what is copied in before it runs, and the logits it leaves."""
+    """A planned step: what is copied in before it runs, and the logits it leaves, until it runs again."""
 
     plan: Plan
     x: Tensor
@@ -112,7 +112,7 @@ class Step:
         for name in ("positions", "rows", "tables", "segments"):
             getattr(self.batch, name).copy_(getattr(batch, name))
         self.plan.run()
-        return self.logits.clone()
+        return self.logits
 
 
 class Decoder:
@@ -222,7 +222,8 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, keys: Tensor, values: Tensor) -> Tensor:
-        """Logits float32 [n, V] of the tokens batch.last; keys and values of all tokens are in the cache afterwards."""
+        """Logits float32 [n, V] of the tokens batch.last, which the next call may write over; keys and values of all
+        tokens are in the cache afterwards."""
         x = self.embedding.rows(batch.tokens)
         if self.embedding_scale != 1:
             x *= self.embedding_scale

@@ -18,7 +18,7 @@ from persona_pruner.errors import InputError
 from persona_pruner.fleet.characters import Characters, Resident
 from persona_pruner.fleet.decoder import Batch, Decoder
 from persona_pruner.fleet.requests import Event, QueueFull, Request, prompt_tokens
-from persona_pruner.fleet.sampling import Sampling, choose, logprobs
+from persona_pruner.fleet.sampling import Sampling, best_tokens, choose, logprobs
 from persona_pruner.fleet.scheduler import Scheduler
 from persona_pruner.fleet.text import TextStream
 from persona_pruner.formats.persona_file import PersonaFile
@@ -182,8 +182,7 @@ class Fleet:
         self._steps += 1
         for request, count in parts:
             self._scheduler.written(request, count)
-        best = logits.argmax(-1).tolist() if len(wanted) > 1 else [None] * len(wanted)
-        for request, scores, token in zip(wanted, logits, best, strict=True):
+        for request, scores, token in zip(wanted, logits.unbind(), best_tokens(logits), strict=True):
             events.append(self._next(request, scores, token))
         return events
 
@@ -206,10 +205,10 @@ class Fleet:
             segments,
         )  # fmt: skip
 
-    def _next(self, request: Request, scores: torch.Tensor, token: int | None) -> Event:
+    def _next(self, request: Request, scores: torch.Tensor, token: int) -> Event:
         sampling, found = request.sampling, {}
         try:
-            if not sampling.greedy or token is None:
+            if not sampling.greedy:
                 token = choose(scores, sampling, request.tokens, request.random)
             elif scores[token].isnan():
                 raise ValueError("the model's logits are not numbers")
