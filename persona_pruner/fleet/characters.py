@@ -36,8 +36,8 @@ class Characters:
         self._widths, self._fingerprint, self._base, self._most = widths, fingerprint, base, lists
         self._residents = {DENSE: Resident(DENSE, widths=tuple(widths))}
         self._channels: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._grouped: tuple = ()  # the lists of the characters asked for last
-        self._last: tuple = ()  # and the segments for as many rows of each
+        self._grouped: tuple = ()  # (serials, where lists begin, their lengths, channels) of those last asked for
+        self._last: tuple = ()  # (serials and rows, channels, segments): what `segments` gave last
 
     def __len__(self) -> int:
         return len(self._residents) - 1
