@@ -25,7 +25,7 @@ SHAPES = [
     (16, 48, 1536),
     (17, 130, 60),
     (70, 96, 260),
-    (41, 67, 1044),  # panels of 4, 2 and 1 vectors of tokens and a rest, in every instruction set; pieces of K
+    (41, 67, 1044),  # panels of every width that an instruction set has, and a rest; pieces of K
     (83, 18, 132),
 ]
 CPU = [isa for isa, needs in _native.ISAS.items() if needs - {"AuthenticAMD"} <= _native.cpu_flags()]

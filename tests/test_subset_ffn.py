@@ -50,13 +50,14 @@ def test_ffn_in_the_weights_type(kind):
     assert_close_to_oracle(got, oracle, plain)
 
 
+@pytest.mark.parametrize("rows", [[5, 11, 1], [2, 1, 1, 2, 2, 3, 1, 1, 1, 3]], ids=["long", "short"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_depends_on_itself_only(kind):
-    """In every bit: not on its neighbours, the segments, views or the number of threads."""
-    weights, scales, _, channels, segments, extra = ffn_case(700, 96, [5, 11, 1], kind, True)
+def test_a_row_depends_on_itself_only(kind, rows):
+    """In every bit: not on its neighbours (short segments share tiles), the segments, views or the number of threads."""
+    weights, scales, _, channels, segments, extra = ffn_case(700, 96, rows, kind, True)
     x, before = draw(17, 96), torch.get_num_threads()
     want = ops.subset_ffn(x, *weights, channels, segments, scales=scales, **extra)
-    first = torch.tensor([0, 5, 16])
+    first = segments[:, 0].cumsum(0) - segments[:, 0]
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -98,6 +99,18 @@ def test_nan_stays_in_its_row_and_dropped_channels_are_not_read(backend):
     x[1, 4] = torch.nan
     got = ops.subset_ffn(x, *weights, channels, backend=backend)
     assert got[1].isnan().all() and torch.equal(got[::2], want[::2])
+
+
+def test_nan_stays_with_those_who_keep_its_channel():
+    """In a tile that segments share, too; W_down^T has to be finite there, as the docstring says."""
+    weights, _, _, channels, segments, _ = ffn_case(64, 32, [1, 1], torch.float32, False)  # half of the channels, all
+    x = draw(2, 32)
+    want = ops.subset_ffn(x, *weights, channels, segments, backend="cpu")
+    alone = channels[int(segments[0, 2]) :]
+    alone = int(alone[~torch.isin(alone, channels[: int(segments[0, 2])])][0])
+    weights[0][alone] = torch.nan
+    got = ops.subset_ffn(x, *weights, channels, segments, backend="cpu")
+    assert got[1].isnan().all() and torch.equal(got[0], want[0])
 
 
 def test_what_ffn_refuses():

@@ -1,5 +1,5 @@
-// linear24 for float32, bf16 and fp16 weights. Few tokens: x is permuted in registers, W is never expanded; from 8 tokens
-// on linear24_lanes.h is faster.
+// linear24 for float32, bf16 and fp16 weights. Few tokens: x is permuted in registers, W is never expanded; from kLanesFrom
+// tokens on linear24_lanes.h is faster.
 // Per 16 kept weights and token: one permute of x and one FMA, so a dense kernel at its FMA peak is matched in
 // multiply-adds, and at small M, where memory decides, 9/16 of the bytes (bf16) are read.
 // Sums are float32 whatever the type of W.
@@ -18,10 +18,9 @@ namespace {
 
 using namespace pp;
 
-// A tile is R rows times M tokens. kSpan: columns of x that one vector of kept weights covers.
-constexpr int kSpan = 2 * kLanes;
+// A tile is R rows times M tokens. kSpan: columns of x that one step of a tile covers.
+constexpr int kSpan = kLanes == 4 ? 8 : 32;
 constexpr int kRows = 4, kTokens = 4;
-constexpr int64_t kPanel = kMostVectors * kLanes, kLanesFrom = kLanes == 4 ? 2 : 8;  // tokens
 constexpr int64_t kRowBlock = 64;  // rows that pass over one tile of x before the next; W of a block stays in L2
 
 inline uint32_t load_meta(const uint8_t* p, int64_t bytes) {
@@ -96,54 +95,95 @@ void tile(const Job<T>& job, int64_t row, int64_t token, float (*out)[M]) {
 
 #elif defined(__AVX2__)
 
-// x in groups 0 2 1 3 of every 16 columns, which is what unpacking two rows below asks for.
+// x in groups 0 4 1 5 2 6 3 7 of every 32 columns, which is what interleaving two rows below asks for.
 void prepare(float* x, int64_t stride) {
-  for (int64_t c = 0; c < stride; c += 16) {
-    float* g = x + c;
-    for (int j = 4; j < 8; ++j) std::swap(g[j], g[j + 4]);
+  for (int64_t c = 0; c < stride; c += 32) {
+    float from[32];
+    std::memcpy(from, x + c, sizeof from);
+    for (int g = 0; g < 8; ++g) std::memcpy(x + c + 8 * (g % 4) + 4 * (g / 4), from + 4 * g, 4 * sizeof(float));
   }
 }
 
-// Two rows share a vector: a 128-bit lane holds both weights of one group for row 0 and for row 1, so that vpermilps
-// picks all four factors from the four columns of that group, and needs only the low two bits of an index.
+// 16 kept weights of each of two rows as four vectors: a 128-bit lane of vector j holds both weights of group j (of group
+// j + 4 in the upper lane) for row 0 and for row 1.
+inline void interleave(const BFloat16* w0, const BFloat16* w1, __m256* v) {
+  const __m256i a = load_raw<__m256i>(w0), b = load_raw<__m256i>(w1), zero = _mm256_setzero_si256();
+  const __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
+  v[0] = (__m256)_mm256_unpacklo_epi16(zero, low);
+  v[1] = (__m256)_mm256_unpackhi_epi16(zero, low);
+  v[2] = (__m256)_mm256_unpacklo_epi16(zero, high);
+  v[3] = (__m256)_mm256_unpackhi_epi16(zero, high);
+}
+
+// Weights 0 to 3 and 8 to 11 of `p`.
+inline __m256 two_groups_apart(const float* p) { return _mm256_set_m128(_mm_loadu_ps(p + 8), _mm_loadu_ps(p)); }
+
+inline __m256 two_groups_apart(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_set_epi64x(load_raw<int64_t>(p + 8), load_raw<int64_t>(p)));
+}
+
+template <class T>
+inline void interleave(const T* w0, const T* w1, __m256* v) {
+  for (int i = 0; i < 4; i += 2) {
+    const __m256d a = (__m256d)two_groups_apart(w0 + 2 * i), b = (__m256d)two_groups_apart(w1 + 2 * i);
+    v[i] = (__m256)_mm256_unpacklo_pd(a, b);
+    v[i + 1] = (__m256)_mm256_unpackhi_pd(a, b);
+  }
+}
+
+// Two rows at a time: vpermilps picks all four factors of a lane from the four columns of its group, and needs only the low
+// two bits of an index. 2 unpacks, 4 widenings and 4 shifts serve 32 weights (bf16); then 4 permutes and 4 multiply-adds a
+// token.
 template <class T, int R, int M>
 void tile(const Job<T>& job, int64_t row, int64_t token, float (*out)[M]) {
+  constexpr int kKept = 16;  // weights of a row in a step
   const auto& a = job.a;
   const int64_t half = a.cols / 2, stride = a.meta_stride();
   const float* x = job.x + token * job.stride;
-  const __m256i shift_low = _mm256_setr_epi32(0, 2, 16, 18, 8, 10, 24, 26);
-  const __m256i shift_high = _mm256_setr_epi32(4, 6, 20, 22, 12, 14, 28, 30);
+  const __m256i shift = _mm256_setr_epi32(0, 2, 0, 2, 16, 18, 16, 18);
+  const bool in_order = half * sizeof(T) < kShortRow;
   for (int r = 0; r < R; r += 2) {
     const int64_t next = r + 1 < R ? 1 : 0;  // a single row is paired with itself
     const T* w = static_cast<const T*>(a.values) + (row + r) * half;
     const uint8_t* meta = a.meta + (row + r) * stride;
-    __m256 sum[M];
-    for (auto& v : sum) v = _mm256_setzero_ps();
-    const auto step = [&](int64_t i, auto load_values, int64_t bytes) {
-      const uint32_t both = load_meta(meta + i / 4, bytes) | load_meta(meta + next * stride + i / 4, bytes) << 16;
-      const __m256i bits = _mm256_set1_epi32(static_cast<int>(both));
-      const __m256i index_low = _mm256_srlv_epi32(bits, shift_low), index_high = _mm256_srlv_epi32(bits, shift_high);
-      const __m256d v0 = (__m256d)load_values(w + i), v1 = (__m256d)load_values(w + next * half + i);
-      const __m256 low = (__m256)_mm256_unpacklo_pd(v0, v1), high = (__m256)_mm256_unpackhi_pd(v0, v1);
-      for (int m = 0; m < M; ++m) {
-        const float* p = x + m * job.stride + 2 * i;
-        sum[m] = _mm256_fmadd_ps(low, _mm256_permutevar_ps(_mm256_loadu_ps(p), index_low), sum[m]);
-        sum[m] = _mm256_fmadd_ps(high, _mm256_permutevar_ps(_mm256_loadu_ps(p + 8), index_high), sum[m]);
+    const T* soon = w + (in_order ? kAhead / sizeof(T) : job.ahead * half);
+    const T* soon_too = soon + (in_order ? kKept : next * half);
+    __m256 sum[M][2];  // a chain of sums for even and odd vectors: one would wait for each multiply-add
+    for (auto& s : sum) s[0] = s[1] = _mm256_setzero_ps();
+    const auto step = [&](int64_t i, const T* w0, const T* w1, int64_t bytes) __attribute__((always_inline)) {
+      const uint8_t* m = meta + i / 4;
+      const __m256i bits = _mm256_blend_epi32(_mm256_set1_epi32(load_meta(m, bytes)),
+                                              _mm256_set1_epi32(load_meta(m + next * stride, bytes)), 0xcc);
+      __m256i index = _mm256_srlv_epi32(bits, shift);
+      __m256 v[4];
+      interleave(w0, w1, v);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const __m256 factors = _mm256_permutevar_ps(load_raw<__m256>(x + m * job.stride + 2 * i + 8 * j), index);
+          sum[m][j % 2] = _mm256_fmadd_ps(v[j], factors, sum[m][j % 2]);
+        }
+        index = _mm256_srli_epi32(index, 4);
       }
     };
     int64_t i = 0;
-    for (; i + 8 <= half; i += 8) {
+    for (; i + kKept <= half; i += kKept) {
       if (job.ahead) {
-        _mm_prefetch(w + job.ahead * half + i, _MM_HINT_T0);
-        _mm_prefetch(w + (next + job.ahead) * half + i, _MM_HINT_T0);
+        _mm_prefetch(soon + (in_order ? 2 * i : i), _MM_HINT_T0);
+        _mm_prefetch(soon_too + (in_order ? 2 * i : i), _MM_HINT_T0);
       }
-      step(i, [](const T* p) { return load(p); }, 2);
+      step(i, w + i, w + next * half + i, 4);
     }
-    if (const int rest = static_cast<int>(half - i)) {
-      step(i, [=](const T* p) { return load(p, rest); }, std::min<int64_t>(2, stride - i / 4));
+    if (const int64_t rest = half - i) {
+      T last[2][kKept] = {};
+      std::memcpy(last[0], w + i, rest * sizeof(T));
+      std::memcpy(last[1], w + next * half + i, rest * sizeof(T));
+      step(i, last[0], last[1], stride - i / 4);
     }
     for (int m = 0; m < M; ++m) {
-      const __m128 s = _mm_add_ps(_mm256_castps256_ps128(sum[m]), _mm256_extractf128_ps(sum[m], 1));
+      const __m256 both = _mm256_add_ps(sum[m][0], sum[m][1]);
+      const __m128 s = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
       out[r][m] = s[0] + s[1];
       if (next) out[r + 1][m] = s[2] + s[3];
     }
@@ -252,7 +292,7 @@ void permute(const Linear24<T>& a, int64_t begin) {
   const int64_t row_bytes = a.cols / 2 * sizeof(T);
   split_rows(a.rows, kRows, a.rows * row_bytes * std::min<int64_t>(a.tokens, 16), a.threads, [&](int64_t first, int64_t last) {
     // Prefetch whole tiles of rows, 4 KB of each stream ahead: 17 GB/s from memory on one core instead of 12.
-    const int64_t tiles = std::max<int64_t>(1, 4096 / (kRows * std::max<int64_t>(row_bytes, 1)));
+    const int64_t tiles = std::max<int64_t>(1, kAhead / (kRows * std::max<int64_t>(row_bytes, 1)));
     for (int64_t block = first; block < last; block += kRowBlock) {
       const int64_t end = std::min(last, block + kRowBlock);
       Job<T> job{a, x.get(), stride, tiles * kRows};
@@ -304,9 +344,10 @@ void linear24(std::uintptr_t x, std::uintptr_t values, std::uintptr_t meta, std:
 #if defined(PP_STREAM)
   permute(a);
 #else
-  const int64_t rest = tokens % kPanel < kLanesFrom ? tokens % kPanel : 0;
-  if (tokens > rest) by_lanes<T>(a, tokens - rest);
-  if (rest) permute(a, tokens - rest);
+  const auto panels = panels_of(tokens);
+  if (!panels.empty()) by_lanes<T>(a, panels);
+  const int64_t done = panels.empty() ? 0 : panels.back().token + panels.back().count;
+  if (done < tokens) permute(a, done);
 #endif
 }
 

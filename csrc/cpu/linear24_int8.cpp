@@ -63,7 +63,7 @@ inline VecI rounded(VecF v) {
 template <class T>
 void quantize(const T* x, int64_t cols, int8_t* q, float* sx) {
   VecU peak{};
-  const auto at = [&](int64_t c) { return c + kLanes <= cols ? load(x + c) : load(x + c, static_cast<int>(cols - c)); };
+  const auto at = [&](int64_t c) { return load(x + c, static_cast<int>(std::min<int64_t>(kLanes, cols - c))); };
   for (int64_t c = 0; c < cols; c += kLanes) {
     const VecU bits = (VecU)at(c) & 0x7fffffffu;  // ordered as integers, NaN above Inf above all numbers
     peak = bits > peak ? bits : peak;
@@ -77,7 +77,7 @@ void quantize(const T* x, int64_t cols, int8_t* q, float* sx) {
   const VecF inverse = splat(!finite || zero ? 0 : 127 / max);
   for (int64_t c = 0; c < cols; c += kLanes) {
     const VecB whole = __builtin_convertvector(finite ? rounded(at(c) * inverse) : VecI{}, VecB);
-    std::memcpy(q + c, &whole, std::min<int64_t>(kLanes, cols - c));
+    store_raw(q + c, whole, std::min<int64_t>(kLanes, cols - c));
   }
 }
 
@@ -169,57 +169,68 @@ void prepare(int8_t* q, int64_t stride) {  // pieces of 16 bytes: 0 2 1 3
   for (int64_t c = 0; c < stride; c += 64) std::swap_ranges(q + c + 16, q + c + 32, q + c + 32);
 }
 
-// A byte of metadata becomes four index bytes: nibbles first, then pairs of bits, then the group's place in the lane.
-inline __m256i indices(__m256i bytes) {
-  const __m256i nibble = _mm256_or_si256(_mm256_and_si256(bytes, _mm256_set1_epi32(0x00000f0f)),
-                                         _mm256_and_si256(_mm256_srli_epi32(bytes, 4), _mm256_set1_epi32(0x0f0f0000)));
-  const __m256i even = _mm256_and_si256(nibble, _mm256_set1_epi16(0x0003));
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(nibble, 2), _mm256_set1_epi16(0x0300));
-  return _mm256_or_si256(_mm256_or_si256(even, odd), _mm256_set1_epi64x(0x0c0c080804040000));
+// Where the 64 kept weights of two rows find their factors, as places in the 16 bytes of x that belong to a 128-bit lane:
+// 8 bytes of metadata a row become nibbles, one a group, in the order of the two unpacks below, and a table gives both
+// columns of each.
+inline void indices(__m256i bytes, __m256i& low, __m256i& high) {
+  const __m256i order = _mm256_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         4, 5, 12, 13, 6, 7, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i first = _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3,  //
+                                         0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  const __m256i second = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
+                                          0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m256i fifteen = _mm256_set1_epi8(15), group = _mm256_set1_epi64x(0x0c0c080804040000);
+  const __m256i spread = _mm256_shuffle_epi8(bytes, order);
+  const __m256i nibbles = _mm256_unpacklo_epi8(_mm256_and_si256(spread, fifteen),
+                                               _mm256_and_si256(_mm256_srli_epi16(spread, 4), fifteen));
+  const __m256i a = _mm256_shuffle_epi8(first, nibbles), b = _mm256_shuffle_epi8(second, nibbles);
+  low = _mm256_or_si256(_mm256_unpacklo_epi8(a, b), group);
+  high = _mm256_or_si256(_mm256_unpackhi_epi8(a, b), group);
 }
 
 template <int M>
 void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, const int8_t* x, int64_t stride,
           int64_t ahead, int32_t* out) {
-  // 8 bytes of metadata a row; a 128-bit lane of the low unpack needs bytes 0 1 (lane 0) and 4 5 (lane 1) of both rows
-  const __m256i spread_low = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 8, 8, 8, 8, 9, 9, 9, 9,  //
-                                              4, 4, 4, 4, 5, 5, 5, 5, 12, 12, 12, 12, 13, 13, 13, 13);
-  const __m256i spread_high = _mm256_add_epi8(spread_low, _mm256_set1_epi8(2));
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i sum[M];
   for (auto& s : sum) s = _mm256_setzero_si256();
-  for (int64_t i = 0; i < half; i += 32) {
-    const int64_t n = std::min<int64_t>(32, half - i);
-    __m256i a{}, b{};
-    if (n == 32) {
-      a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[0] + i));
-      b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[1] + i));
-    } else {
-      std::memcpy(&a, w[0] + i, n);
-      std::memcpy(&b, w[1] + i, n);
-    }
-    _mm_prefetch(w[0] + i + ahead, _MM_HINT_T0);
-    _mm_prefetch(w[1] + i + ahead, _MM_HINT_T0);
-    const int64_t bytes = (n + 3) / 4;
-    const __m256i both = _mm256_broadcastsi128_si256(_mm_set_epi64x(
-        static_cast<int64_t>(load_bytes(meta[1] + i / 4, bytes)), static_cast<int64_t>(load_bytes(meta[0] + i / 4, bytes))));
-    const __m256i index_low = indices(_mm256_shuffle_epi8(both, spread_low));
-    const __m256i index_high = indices(_mm256_shuffle_epi8(both, spread_high));
+  const auto step = [&](int64_t i, const int8_t* w0, const int8_t* w1, const uint8_t* m0, const uint8_t* m1)
+                        __attribute__((always_inline)) {
+    const __m256i a = load_raw<__m256i>(w0), b = load_raw<__m256i>(w1);
+    __m256i index_low, index_high;
+    indices(_mm256_blend_epi32(_mm256_set1_epi64x(load_raw<int64_t>(m0)), _mm256_set1_epi64x(load_raw<int64_t>(m1)), 0xcc),
+            index_low, index_high);
     const __m256i low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
     const __m256i abs_low = _mm256_abs_epi8(low), abs_high = _mm256_abs_epi8(high);
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const __m256i* p = reinterpret_cast<const __m256i*>(x + m * stride + 2 * i);
+      const int8_t* p = x + m * stride + 2 * i;
       // abs(w) * (x with the sign of w): two products of at most 128 * 127 fit 16 bits
-      const __m256i x_low = _mm256_sign_epi8(_mm256_shuffle_epi8(_mm256_loadu_si256(p), index_low), low);
-      const __m256i x_high = _mm256_sign_epi8(_mm256_shuffle_epi8(_mm256_loadu_si256(p + 1), index_high), high);
+      const __m256i x_low = _mm256_sign_epi8(_mm256_shuffle_epi8(load_raw<__m256i>(p), index_low), low);
+      const __m256i x_high = _mm256_sign_epi8(_mm256_shuffle_epi8(load_raw<__m256i>(p + 32), index_high), high);
       sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(_mm256_maddubs_epi16(abs_low, x_low), ones));
       sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(_mm256_maddubs_epi16(abs_high, x_high), ones));
     }
+  };
+  const bool in_order = half < kShortRow;
+  int64_t i = 0;
+  for (; i + 32 <= half; i += 32) {
+    _mm_prefetch(w[0] + (in_order ? 2 * i + kAhead : i + ahead), _MM_HINT_T0);
+    if (!in_order) _mm_prefetch(w[1] + i + ahead, _MM_HINT_T0);
+    step(i, w[0] + i, w[1] + i, meta[0] + i / 4, meta[1] + i / 4);
+  }
+  if (const int64_t rest = half - i) {
+    int8_t last[2][32] = {};
+    uint8_t last_meta[2][8] = {};
+    for (int r = 0; r < 2; ++r) {
+      std::memcpy(last[r], w[r] + i, rest);
+      std::memcpy(last_meta[r], meta[r] + i / 4, (rest + 3) / 4);
+    }
+    step(i, last[0], last[1], last_meta[0], last_meta[1]);
   }
   for (int m = 0; m < M; ++m) {
-    const VecI s = (VecI)sum[m];
-    out[2 * m] = s[0] + s[1] + s[4] + s[5];
-    out[2 * m + 1] = s[2] + s[3] + s[6] + s[7];
+    const __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum[m]), _mm256_extracti128_si256(sum[m], 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 2 * m), _mm_hadd_epi32(s, s));
   }
 }
 
@@ -246,8 +257,7 @@ template <class T>
 void finish(const Linear24<T>& a, const Tokens& x, int64_t token, int64_t row, int64_t count, const int32_t* sums) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int n = static_cast<int>(std::min<int64_t>(kLanes, count - i));
-    VecI whole{};
-    std::memcpy(&whole, sums + i, n * sizeof(int32_t));
+    const VecI whole = (VecI)load(reinterpret_cast<const float*>(sums + i), n);  // the bits as they are
     VecF v = __builtin_convertvector(whole, VecF) * (splat(x.sx[token]) * load(a.scales + row + i, n));
     if (a.bias) v += load(a.bias + row + i, n);
     store(a.y + token * a.rows + row + i, v, n);

@@ -3,6 +3,9 @@
 // The dense channels are cut into kParts ranges. A thread takes a range, goes through every segment's channels in it (so
 // that a row that several personas keep comes from memory once), and adds to sums of the range's own; the ranges' sums
 // are added in their order. Nothing depends on the number of threads, nor a token on the rest of the batch.
+//
+// A tile of four tokens takes as long as one of two (the weights have to be loaded and widened), so segments of few rows
+// go together, through all channels that one of them keeps: a token adds zero times W_down for those that are not its own.
 #include "dots.h"
 #include "op.h"
 
@@ -106,12 +109,21 @@ PP_ALONE void down_tile(const Ffn<T>& f, const int32_t* channel, const T* const*
   if (const int rest = static_cast<int>(f.hidden - whole)) step(whole, [rest](const T* p) { return load(p, rest); });
 }
 
+// h of a tile becomes zero where a token, the first of them `t`, does not keep a channel.
+template <int C, int M>
+void drop_others(const uint8_t* keeps, int64_t t, float* h) {
+  for (int c = 0; c < C; ++c) {
+    const unsigned kept = keeps[c] >> t;
+    for (int m = 0; m < M; ++m) h[c * M + m] = kept >> m & 1 ? h[c * M + m] : 0.0f;
+  }
+}
+
 // The channels [channel, channel + count) for `tokens` tokens, into y [tokens, stride]. The list goes on for `listed`
-// channels, which the same thread most likely does next: the first of them are prefetched already. kInOrder: rows are
-// shorter than kShort bytes.
+// channels, which the same thread most likely does next: the first of them are prefetched already. keeps: for each
+// channel, one bit a token, or null when all keep all. kInOrder: rows are shorter than kShort bytes.
 template <class T, bool kInOrder>
-void channels_into(const Ffn<T>& f, const int32_t* channel, int64_t count, int64_t listed, const float* x,
-                   int64_t tokens, float* y) {
+void channels_into(const Ffn<T>& f, const int32_t* channel, const uint8_t* keeps, int64_t count, int64_t listed,
+                   const float* x, int64_t tokens, float* y) {
   row_groups<kGroup>(0, count, [&](int64_t c, auto c_of) {
     constexpr int C = decltype(c_of)::value;
     const bool more = c + 2 * C <= listed;
@@ -125,9 +137,73 @@ void channels_into(const Ffn<T>& f, const int32_t* channel, int64_t count, int64
       const bool ahead = more && t == 0;
       float h[C * M];
       hidden_tile<T, kInOrder, C, M>(f, channel + c, ahead ? next : nullptr, x + t * f.stride, h);
+      if (keeps) drop_others<C, M>(keeps + c, t, h);
       down_tile<T, kInOrder, C, M>(f, channel + c, ahead ? next + 2 * C : nullptr, h, y + t * f.stride);
     });
   });
+}
+
+// What some tokens do in a range of channels: a list of them that goes on behind the range, for what is prefetched.
+struct Work {
+  int64_t row, rows;
+  const int32_t* channel;
+  const uint8_t* keeps;  // as in channels_into
+  int64_t count, listed;
+};
+
+// The channels from `begin` on that one of the segments keeps, ascending, and for each of them which tokens do.
+struct Union {
+  std::vector<int32_t> channel;
+  std::vector<uint8_t> keeps;
+  int64_t count = 0, apart = 0;  // channels before `end`, and the same if each segment went by itself
+
+  Union(const int32_t* channels, const Segment* segment, int64_t segments, int64_t begin, int64_t end) {
+    const int32_t *at[kMostTokens], *stop[kMostTokens];
+    for (int64_t i = 0; i < segments; ++i) {
+      stop[i] = channels + segment[i].first + segment[i].count;
+      at[i] = std::lower_bound(stop[i] - segment[i].count, stop[i], begin);
+      apart += std::lower_bound(at[i], stop[i], end) - at[i];
+    }
+    for (int64_t more = 0; more < 2 * kGroup;) {
+      int32_t least = INT32_MAX;
+      for (int64_t i = 0; i < segments; ++i) least = at[i] < stop[i] ? std::min(least, *at[i]) : least;
+      if (least == INT32_MAX) break;
+      unsigned mask = 0;
+      for (int64_t i = 0, token = 0; i < segments; token += segment[i++].rows) {
+        if (at[i] < stop[i] && *at[i] == least) mask |= ((1u << segment[i].rows) - 1) << token, ++at[i];
+      }
+      channel.push_back(least), keeps.push_back(static_cast<uint8_t>(mask));
+      least < end ? ++count : ++more;
+    }
+  }
+};
+
+// The work of all segments in the channels [begin, end). `unions` holds the lists that were made for it, and has room for
+// as many as there can be: they must not move.
+std::vector<Work> planned(const std::vector<Segment>& segments, const int32_t* channels, int64_t begin, int64_t end,
+                          std::vector<Union>& unions) {
+  std::vector<Work> all;
+  int64_t row = 0;
+  for (std::size_t i = 0, next; i < segments.size(); i = next) {
+    int64_t rows = segments[i].rows;
+    for (next = i + 1; next < segments.size() && rows + segments[next].rows <= kMostTokens; ++next) {
+      rows += segments[next].rows;
+    }
+    if (next > i + 1) {
+      const Union& u = unions.emplace_back(channels, &segments[i], next - i, begin, end);
+      if (4 * u.count <= 3 * u.apart) {  // else tiles of few tokens over fewer channels are as fast
+        all.push_back({row, rows, u.channel.data(), u.keeps.data(), u.count, static_cast<int64_t>(u.channel.size())});
+        row += rows;
+        continue;
+      }
+    }
+    for (; i < next; row += segments[i++].rows) {
+      const int32_t *first = channels + segments[i].first, *last = first + segments[i].count;
+      const auto* from = std::lower_bound(first, last, begin);
+      all.push_back({row, segments[i].rows, from, nullptr, std::lower_bound(from, last, end) - from, last - from});
+    }
+  }
+  return all;
 }
 
 template <class T>
@@ -170,13 +246,10 @@ void subset_ffn(std::uintptr_t x_, int64_t tokens, int64_t hidden, int64_t pitch
       for (int64_t p = 0; p < kParts; ++p) {
         float* part = sums + p * count * f.stride;
         std::fill(part, part + count * f.stride, 0.0f);
-        int64_t row = 0;
-        for (const Segment& s : pieces) {
-          const int32_t *begin = channels + s.first, *end = begin + s.count;
-          const auto* from = std::lower_bound(begin, end, p * span);
-          const auto* to = std::lower_bound(from, end, (p + 1) * span);
-          into(f, from, to - from, end - from, n + row * f.stride, s.rows, part + row * f.stride);
-          row += s.rows;
+        std::vector<Union> unions;
+        unions.reserve(pieces.size() / 2);
+        for (const Work& w : planned(pieces, channels, p * span, (p + 1) * span, unions)) {
+          into(f, w.channel, w.keeps, w.count, w.listed, n + w.row * f.stride, w.rows, part + w.row * f.stride);
         }
       }
       const int64_t strips = (hidden + 63) / 64;

@@ -42,6 +42,15 @@ inline V load_raw(const void* p) {
   return v;
 }
 
+template <class V>
+inline void store_raw(void* p, const V& v, std::size_t bytes) {
+  if (bytes == sizeof v) {  // else a call of memcpy
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    std::memcpy(p, &v, bytes);
+  }
+}
+
 // The smaller or larger of v and a bound; NaN in v stays. GCC has no single instruction for the same ?: on vectors.
 inline VecF at_most(VecF v, float bound) {
 #if defined(__AVX512F__)
@@ -149,6 +158,7 @@ inline VecF load(const T* p) {
 
 template <class T>
 inline VecF load(const T* p, int n) {  // the first n lanes; the others are zero
+  if (n == kLanes) return load(p);
   typename Raw<T>::type raw{};
   std::memcpy(&raw, p, n * sizeof(T));
   return to_float(raw, p);
@@ -157,7 +167,7 @@ inline VecF load(const T* p, int n) {  // the first n lanes; the others are zero
 template <class T>
 inline void store(T* p, VecF v, int n = kLanes) {
   const auto raw = from_float(v, p);
-  std::memcpy(p, &raw, n * sizeof(T));
+  store_raw(p, raw, n * sizeof(T));
 }
 
 // e^x within 1.5 ulp for x in [-87, 87]; clamped outside, NaN stays NaN.
