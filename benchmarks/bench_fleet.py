@@ -33,7 +33,7 @@ from persona_pruner.synthesis.prompts import prompt_ids
 MODEL = "smollm2-135m"
 QUESTION = "Tell me about the tools in your workshop, and how you came by them."
 KINDS = {"bf16": (torch.bfloat16, "F16"), "int8": (torch.int8, "Q8_0")}
-CHARACTERS, CONVERSATIONS = 8, 16
+MIXED, CONVERSATIONS = 8, 16  # characters in the mixed batch of the goals; the other has one for each conversation
 
 
 def characters(model, count):
@@ -168,16 +168,15 @@ def memory(fleet, files) -> dict:
 
 def measure(kind, fleet, dense, prompt, threads, tokens, rounds) -> dict:
     """Tokens/s of every contestant."""
-    names = [f"smith{index}" for index in range(CHARACTERS)]
+    names = [f"smith{index}" for index in range(CONVERSATIONS)]
     llama = Llama(gguf_file(KINDS[kind][1]), threads)
     forms = {
         "fleet, one character": lambda: decode(fleet, names[:1], tokens),
         "fleet, dense": lambda: decode(fleet, [DENSE], tokens),
         "llama.cpp, dense": lambda: llama.speed(tokens),
         "transformers, dense bf16": lambda: decode_speeds([dense], prompt, min(tokens, 16), 1)[0],
-        "fleet, 16 of 8 characters": lambda: decode(
-            fleet, [names[i % CHARACTERS] for i in range(CONVERSATIONS)], tokens
-        ),
+        "fleet, 16 of 8 characters": lambda: decode(fleet, [names[i % MIXED] for i in range(CONVERSATIONS)], tokens),
+        "fleet, 16 of 16 characters": lambda: decode(fleet, names, tokens),
         "fleet, 16 of one character": lambda: decode(fleet, names[:1] * CONVERSATIONS, tokens),
         "fleet, 16 dense": lambda: decode(fleet, [DENSE] * CONVERSATIONS, tokens),
     }
@@ -225,7 +224,7 @@ def main(argv=None):
     about, rows = common.machine() | common.limits(args.threads), []
     print(about, flush=True)
     model, tokenizer = models.load_model(MODEL, dtype="float32")
-    files = list(characters(model, CHARACTERS))
+    files = list(characters(model, CONVERSATIONS))
     check(model, tokenizer, files[0])
     prompt = prompt_ids(tokenizer, files[0].system, QUESTION)
     dense = models.load_model(MODEL, dtype="bfloat16")[0]

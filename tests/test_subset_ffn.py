@@ -53,7 +53,7 @@ def test_ffn_in_the_weights_type(kind):
 @pytest.mark.parametrize("rows", [[5, 11, 1], [2, 1, 1, 2, 2, 3, 1, 1, 1, 3]], ids=["long", "short"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_depends_on_itself_only(kind, rows):
-    """In every bit: not on its neighbours (short segments share tiles), the segments, views or the number of threads."""
+    """In every bit: not on neighbours (short segments share tiles), the segments, views or the number of threads."""
     weights, scales, _, channels, segments, extra = ffn_case(700, 96, rows, kind, True)
     x, before = draw(17, 96), torch.get_num_threads()
     want = ops.subset_ffn(x, *weights, channels, segments, scales=scales, **extra)

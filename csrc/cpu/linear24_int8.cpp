@@ -81,12 +81,6 @@ void quantize(const T* x, int64_t cols, int8_t* q, float* sx) {
   }
 }
 
-inline uint64_t load_bytes(const uint8_t* p, int64_t bytes) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, p, bytes);
-  return bits;
-}
-
 #if defined(__AVX512F__)
 
 // Shuffles see 16 bytes of x at a time: pieces 0 2 4 6 go with the low unpack of two rows, 1 3 5 7 with the high one;

@@ -57,8 +57,8 @@ def subset_ffn(
     'gelu_tanh'. No gradients. `backend`: 'cpu', 'triton', 'reference', or None for the best one. Raises InputError
     naming the limit.
 
-    A row of y does not depend, in any bit, on the other rows and segments as long as W_down^T is finite: on the CPU short
-    segments go through the channels of their neighbours with zeros.
+    A row of y does not depend, in any bit, on the other rows and segments as long as W_down^T is finite: on the CPU
+    short segments go through the channels of their neighbours with zeros.
 
     Weights may be views whose rows lie apart, all three alike, as those of one [C, 3, H]: there a channel is one
     stretch of memory, which reads faster (docs/fleet.md).
