@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +268,10 @@ def test_the_fence_refuses():
 
 
 def test_cost():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        pytest.skip(f"the mark of the memory's peak cannot be reset here: {error}")
     with measure.cost() as spent:
         held = torch.ones(40 << 20)  # 160 MB
         del held

@@ -86,20 +86,6 @@ inline void in_groups(int64_t first, int64_t last, Body body) {
   for (; t < last; ++t) body(t, std::integral_constant<int64_t, 1>());
 }
 
-template <class T>
-inline VecF load_lanes(const T* p, int n) {
-  return n == kLanes ? load(p) : load(p, n);
-}
-
-template <class T>
-inline void store_lanes(T* p, VecF v, int n) {
-  if (n == kLanes) {
-    store(p, v);
-  } else {
-    store(p, v, n);
-  }
-}
-
 template <class T, Act act>
 void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, const float* mask, T* h, Rows rows) {
   rows.tiles([&](int64_t, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
@@ -110,9 +96,9 @@ void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
       vectors(c0, c1, [&](int64_t c, int n) {
         __builtin_prefetch(g + 2 * gate_stride + c);  // 1.1 times as fast; in the backward pass it gains nothing
         __builtin_prefetch(u + 2 * up_stride + c);
-        const VecF x = at_least(load_lanes(g + c, n), -kFar);
-        const VecF a = x / (splat(1.0f) + exp(-argument<act>(x))) * load_lanes(u + c, n);
-        store_lanes(out + c, a * load_lanes(mask + c, n), n);
+        const VecF x = at_least(load(g + c, n), -kFar);
+        const VecF a = x / (splat(1.0f) + exp(-argument<act>(x))) * load(u + c, n);
+        store(out + c, a * load(mask + c, n), n);
       });
     }
   });
@@ -137,29 +123,29 @@ void backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride
       const T* u = up + t * up_stride;
       const T* d = dh + t * dh_stride;
       vectors(c0, c1, [=](int64_t c, int n) {
-        const VecF m = load_lanes(mask + c, n);
+        const VecF m = load(mask + c, n);
         VecF sum{}, squares{}, xs[group], es[group], ss[group];
         for (int64_t i = 0; i < group; ++i) {
-          xs[i] = at_least(load_lanes(g + i * gate_stride + c, n), -kFar);
+          xs[i] = at_least(load(g + i * gate_stride + c, n), -kFar);
           es[i] = exp(-argument<act>(xs[i]));
         }
         for (int64_t i = 0; i < group; ++i) ss[i] = splat(1.0f) / (splat(1.0f) + es[i]);
         for (int64_t i = 0; i < group; ++i) {
           const VecF x = xs[i], e = es[i], s = ss[i], value = x * s;
-          const VecF y = load_lanes(u + i * up_stride + c, n), dy = load_lanes(d + i * dh_stride + c, n);
+          const VecF y = load(u + i * up_stride + c, n), dy = load(d + i * dh_stride + c, n);
           if (d_gate) {
             const VecF near = at_most(x, kFar);
             const VecF derivative = s + near * s * (e * s) * slope<act>(near);  // e*s = 1 - s without cancellation
-            store_lanes(d_gate + (t + i) * C + c, derivative * y * m * dy, n);
+            store(d_gate + (t + i) * C + c, derivative * y * m * dy, n);
           }
-          if (d_up) store_lanes(d_up + (t + i) * C + c, value * m * dy, n);
+          if (d_up) store(d_up + (t + i) * C + c, value * m * dy, n);
           const VecF score = value * y * dy;
           sum += score;
           squares += score * score;
         }
         if (partial) {
-          store_lanes(first + c, load_lanes(first + c, n) + sum, n);
-          store_lanes(second + c, load_lanes(second + c, n) + squares, n);
+          store(first + c, load(first + c, n) + sum, n);
+          store(second + c, load(second + c, n) + squares, n);
         }
       });
     });
@@ -169,23 +155,29 @@ void backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride
   if (fisher) rows.reduce(partial + C, 2 * C, nullptr, fisher);
 }
 
+// Eight rows at once, each an eighth of the tile from the next: eight streams of memory, which go on in the following rows.
+// Rows next to each other were 0.7x to 0.8x as fast with 1536 channels, and alike with more (EPYC Zen 3, 2026-11-29).
 template <class T>
 void sqnorm(const T* x, int64_t stride, float* partial, float* acc, Rows rows) {
-  constexpr int64_t kAhead = 512 / sizeof(T);  // along eight rows at once: within a tenth of what a core can read
+  constexpr int64_t kStreams = 8, kAhead = 512 / sizeof(T);
   rows.tiles([&](int64_t b, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
     float* sums = partial + b * rows.channels;
     std::fill(sums + c0, sums + c1, 0.0f);
-    in_groups<8>(t0, t1, [&](int64_t t, auto group) {
+    const int64_t step = (t1 - t0) / kStreams;
+    const auto add = [&](int64_t t, auto streams) {
       vectors(c0, c1, [&](int64_t c, int n) {
         VecF sum{};
-        for (int64_t i = t; i < t + group; ++i) {
-          __builtin_prefetch(x + i * stride + c + kAhead);
-          const VecF v = load_lanes(x + i * stride + c, n);
+        for (int64_t i = 0; i < streams; ++i) {
+          const T* p = x + (t + i * step) * stride + c;
+          __builtin_prefetch(p + kAhead);
+          const VecF v = load(p, n);
           sum += v * v;
         }
-        store_lanes(sums + c, load_lanes(sums + c, n) + sum, n);
+        store(sums + c, load(sums + c, n) + sum, n);
       });
-    });
+    };
+    for (int64_t t = t0; t < t0 + step; ++t) add(t, std::integral_constant<int64_t, kStreams>());
+    for (int64_t t = t0 + kStreams * step; t < t1; ++t) add(t, std::integral_constant<int64_t, 1>());
   });
   rows.reduce(partial, rows.channels, nullptr, acc);
 }
