@@ -18,8 +18,8 @@
 namespace pp {
 namespace {
 
-// AVX2 (EPYC Zen 3, L1 cache of 32 KB, 2026-11-29): 16 KB of x are 1.15x to 1.4x as fast as 32, and 8 vectors instead of
-// 4 another 1.2x from 64 tokens on; 16 tokens are 1.1x to 1.4x as fast here as by permutes, 12 tokens 0.8x.
+// AVX2 (EPYC Zen 3, L1 cache of 32 KB, 2026-11-29): 16 KB of x are 1.05x to 1.4x as fast as 32, and 8 vectors instead of
+// 4 another 1.2x from 64 tokens on; 16 tokens are 1.0x to 1.5x as fast here as by permutes, 12 tokens 0.8x.
 constexpr int64_t kPieceFloats = kLanes == 8 ? 4096 : 8192;  // of x in a piece
 constexpr int64_t kLaneRows = 64;                            // rows in a block
 constexpr int64_t kLanesFrom = kLanes == 4 ? 2 : kLanes == 8 ? 14 : 8;  // tokens; fewer are left to others
