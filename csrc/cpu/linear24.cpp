@@ -344,9 +344,7 @@ void linear24(std::uintptr_t x, std::uintptr_t values, std::uintptr_t meta, std:
 #if defined(PP_STREAM)
   permute(a);
 #else
-  const auto panels = panels_of(tokens);
-  if (!panels.empty()) by_lanes<T>(a, panels);
-  const int64_t done = panels.empty() ? 0 : panels.back().token + panels.back().count;
+  const int64_t done = by_lanes<T>(a);
   if (done < tokens) permute(a, done);
 #endif
 }

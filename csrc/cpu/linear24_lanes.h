@@ -172,9 +172,11 @@ void multiply_panel(const Linear24<T>& a, const float* x, int64_t first, int64_t
   }
 }
 
-// The tokens of all panels.
+// As many of the first tokens as are worth it; returns how many.
 template <class W, class T>
-void by_lanes(const Linear24<T>& a, const std::vector<Panel>& panels) {
+int64_t by_lanes(const Linear24<T>& a) {
+  const std::vector<Panel> panels = panels_of(a.tokens);
+  if (panels.empty()) return 0;
   const int64_t count = static_cast<int64_t>(panels.size());
   const int64_t tokens = panels.back().token + panels.back().count, width = panels.back().token + panels.back().vectors * kLanes;
   const auto x = aligned<float>(width * a.cols);
@@ -200,6 +202,7 @@ void by_lanes(const Linear24<T>& a, const std::vector<Panel>& panels) {
       }
     }
   });
+  return tokens;
 }
 
 }  // namespace
