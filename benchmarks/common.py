@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import statistics
 import time
 from datetime import date
@@ -66,19 +67,23 @@ def limits(threads: int, device: str = "cpu") -> dict:
     return {"GB/s": data.nbytes / seconds[best] / 1e9, "read": best, "GFLOP/s": flops / 1e9}
 
 
-def turns(forms: dict, budget: float, hot: bool = False, device: str = "cpu") -> dict:
+def turns(forms: dict, budget: float, hot: bool = False, device: str = "cpu", before=None) -> dict:
     """Median seconds of a call of each form. forms: name -> calls, one for each copy of its data.
 
-    The forms take turns and each turn is the next copy's. hot: a turn calls the first copy four times and the first of
-    these is not counted. At least 5 rounds, then as many as fit into `budget` seconds, up to 101.
+    The forms take turns and each round is the next copy's. hot: a turn calls the first copy four times and the first of
+    these is not counted. before() runs before each call, untimed. At least 5 rounds, then as many as fit into `budget`
+    seconds, up to 101. Every round has an order of its own: who comes after a form that sweeps the caches finds its
+    code in memory, and pays up to 0.2 ms.
     """
-    times, begun = {name: [] for name in forms}, time.perf_counter()
+    times, begun, order = {name: [] for name in forms}, time.perf_counter(), random.Random(0)
     for i in range(102):
         if i > 5 and time.perf_counter() - begun > budget:
             break
-        for name, calls in forms.items():
+        for name, calls in order.sample(list(forms.items()), len(forms)):
             call = calls[0 if hot else i % len(calls)]
             for repeat in range(4 if hot else 1):
+                if before:
+                    before()
                 if device == "cuda":
                     torch.cuda.synchronize()
                 start = time.perf_counter()

@@ -57,12 +57,20 @@ int64_t multiply_add(std::uintptr_t out, int64_t count, int threads) {
 
 constexpr int kRows = 4;
 
-// Calls body(first row of a group of kRows); the last group overlaps the one before it. Rows: at least kRows.
+// Calls body(first row, rows apart) for groups of kRows; the last one overlaps others. Rows: at least kRows.
 template <class Body>
 void each_group(int64_t rows, int64_t row_bytes, int threads, Body body) {
   split_rows(rows, kRows, rows * row_bytes, threads, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row += kRows) body(std::min(row, rows - kRows));
+    const Tiling groups = Tiling::of(last - first, kRows);
+    for (int64_t i = 0; i < groups.count; ++i) body(first + i * groups.step, groups.apart);
+    if ((last - first) % kRows) body(last - kRows, int64_t{1});
   });
+}
+
+// Bytes from the weights in use to those to prefetch.
+int64_t ahead_of(int64_t row_bytes, int64_t apart) {
+  constexpr int64_t kAhead = 4096;
+  return apart > 1 ? kAhead : kRows * std::max<int64_t>(1, kAhead / (kRows * row_bytes)) * row_bytes;
 }
 
 // y [rows] = W [rows, cols] x in bf16; cols a multiple of 32.
@@ -81,12 +89,12 @@ void dense_gemv_bf16(std::uintptr_t x, std::uintptr_t w, std::uintptr_t y, int64
   }
   constexpr int kStep = kLanes;
 #endif
-  const int64_t ahead = kRows * std::max<int64_t>(1, 4096 / (kRows * cols * 2)) * cols;
-  each_group(rows, cols * 2, threads, [&](int64_t row) {
+  each_group(rows, cols * 2, threads, [&](int64_t row, int64_t apart) {
+    const int64_t ahead = ahead_of(cols * 2, apart) / 2;
     VecF sum[kRows] = {};
     for (int64_t c = 0; c < cols; c += kStep) {
       for (int r = 0; r < kRows; ++r) {
-        const BFloat16* p = weights + (row + r) * cols + c;
+        const BFloat16* p = weights + (row + r * apart) * cols + c;
         __builtin_prefetch(p + ahead);
 #if defined(__AVX512BF16__)
         sum[r] = (VecF)_mm512_dpbf16_ps((__m512)sum[r], load_raw<__m512bh>(p), load_raw<__m512bh>(wide + c));
@@ -98,7 +106,7 @@ void dense_gemv_bf16(std::uintptr_t x, std::uintptr_t w, std::uintptr_t y, int64
     for (int r = 0; r < kRows; ++r) {
       float total = 0;
       for (int i = 0; i < kLanes; ++i) total += sum[r][i];
-      store(pointer<BFloat16>(y) + row + r, VecF{total}, 1);
+      store(pointer<BFloat16>(y) + row + r * apart, VecF{total}, 1);
     }
   });
 }
@@ -109,15 +117,15 @@ void dense_gemv_i8(std::uintptr_t x, std::uintptr_t w, std::uintptr_t sums, std:
                    int threads) {
   const auto* from = pointer<const uint8_t>(x);
   const auto* weights = pointer<const int8_t>(w);
-  const int64_t ahead = kRows * std::max<int64_t>(1, 4096 / (kRows * cols)) * cols;
-  each_group(rows, cols, threads, [&](int64_t row) {
+  each_group(rows, cols, threads, [&](int64_t row, int64_t apart) {
+    const int64_t ahead = ahead_of(cols, apart);
     int32_t total[kRows] = {};
 #if defined(__AVX512VNNI__)
     __m512i sum[kRows] = {};
     for (int64_t c = 0; c < cols; c += 64) {
       const __m512i v = load_raw<__m512i>(from + c);
       for (int r = 0; r < kRows; ++r) {
-        const int8_t* p = weights + (row + r) * cols + c;
+        const int8_t* p = weights + (row + r * apart) * cols + c;
         __builtin_prefetch(p + ahead);
         sum[r] = _mm512_dpbusd_epi32(sum[r], v, load_raw<__m512i>(p));
       }
@@ -125,12 +133,15 @@ void dense_gemv_i8(std::uintptr_t x, std::uintptr_t w, std::uintptr_t sums, std:
     for (int r = 0; r < kRows; ++r) total[r] = _mm512_reduce_add_epi32(sum[r]);
 #else
     for (int r = 0; r < kRows; ++r) {
-      const int8_t* p = weights + (row + r) * cols;
+      const int8_t* p = weights + (row + r * apart) * cols;
       __builtin_prefetch(p + ahead);
       for (int64_t c = 0; c < cols; ++c) total[r] += p[c] * from[c];
     }
 #endif
-    for (int r = 0; r < kRows; ++r) pointer<int32_t>(y)[row + r] = total[r] - 128 * pointer<const int32_t>(sums)[row + r];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t n = row + r * apart;
+      pointer<int32_t>(y)[n] = total[r] - 128 * pointer<const int32_t>(sums)[n];
+    }
   });
 }
 

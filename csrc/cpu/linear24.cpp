@@ -20,8 +20,8 @@ using namespace pp;
 
 // A tile is R rows times M tokens. kSpan: columns of x that one step of a tile covers.
 constexpr int kSpan = kLanes == 4 ? 8 : 32;
-constexpr int kRows = 4, kTokens = 4;
-constexpr int64_t kRowBlock = 64;  // rows that pass over one tile of x before the next; W of a block stays in L2
+constexpr int kRows = kLanes == 8 ? 2 : 4, kTokens = 4;
+constexpr int64_t kTileBlock = 64 / kRows;  // tiles that pass over one tile of x before the next; W of a block stays in L2
 
 inline uint32_t load_meta(const uint8_t* p, int64_t bytes) {
   uint32_t bits = 0;
@@ -34,7 +34,8 @@ struct Job {
   const Linear24<T>& a;
   const float* x;  // [tokens, stride], float32, padded with zeros, in the order that prepare() makes
   int64_t stride;
-  int64_t ahead;  // rows between the row in use and the one to prefetch; 0: none
+  int64_t apart;  // rows between two rows of a tile
+  int64_t ahead;  // bytes of a row to prefetch; 0: none
 };
 
 #if defined(PP_STREAM)
@@ -141,52 +142,47 @@ void tile(const Job<T>& job, int64_t row, int64_t token, float (*out)[M]) {
   const int64_t half = a.cols / 2, stride = a.meta_stride();
   const float* x = job.x + token * job.stride;
   const __m256i shift = _mm256_setr_epi32(0, 2, 0, 2, 16, 18, 16, 18);
-  const bool in_order = half * sizeof(T) < kShortRow;
-  for (int r = 0; r < R; r += 2) {
-    const int64_t next = r + 1 < R ? 1 : 0;  // a single row is paired with itself
-    const T* w = static_cast<const T*>(a.values) + (row + r) * half;
-    const uint8_t* meta = a.meta + (row + r) * stride;
-    const T* soon = w + (in_order ? kAhead / sizeof(T) : job.ahead * half);
-    const T* soon_too = soon + (in_order ? kKept : next * half);
-    __m256 sum[M][2];  // a chain of sums for even and odd vectors: one would wait for each multiply-add
-    for (auto& s : sum) s[0] = s[1] = _mm256_setzero_ps();
-    const auto step = [&](int64_t i, const T* w0, const T* w1, int64_t bytes) __attribute__((always_inline)) {
-      const uint8_t* m = meta + i / 4;
-      const __m256i bits = _mm256_blend_epi32(_mm256_set1_epi32(load_meta(m, bytes)),
-                                              _mm256_set1_epi32(load_meta(m + next * stride, bytes)), 0xcc);
-      __m256i index = _mm256_srlv_epi32(bits, shift);
-      __m256 v[4];
-      interleave(w0, w1, v);
+  const int64_t other = R == 2 ? job.apart : 0;  // a single row is paired with itself
+  const T* w[2] = {static_cast<const T*>(a.values) + row * half, static_cast<const T*>(a.values) + (row + other) * half};
+  const uint8_t* meta[2] = {a.meta + row * stride, a.meta + (row + other) * stride};
+  __m256 sum[M][2];  // a chain of sums for even and odd vectors: one would wait for each multiply-add
+  for (auto& s : sum) s[0] = s[1] = _mm256_setzero_ps();
+  const auto step = [&](int64_t i, const T* w0, const T* w1, int64_t bytes) __attribute__((always_inline)) {
+    const __m256i bits = _mm256_blend_epi32(_mm256_set1_epi32(load_meta(meta[0] + i / 4, bytes)),
+                                            _mm256_set1_epi32(load_meta(meta[1] + i / 4, bytes)), 0xcc);
+    __m256i index = _mm256_srlv_epi32(bits, shift);
+    __m256 v[4];
+    interleave(w0, w1, v);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 4; ++j) {
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          const __m256 factors = _mm256_permutevar_ps(load_raw<__m256>(x + m * job.stride + 2 * i + 8 * j), index);
-          sum[m][j % 2] = _mm256_fmadd_ps(v[j], factors, sum[m][j % 2]);
-        }
-        index = _mm256_srli_epi32(index, 4);
+      for (int m = 0; m < M; ++m) {
+        const __m256 factors = _mm256_permutevar_ps(load_raw<__m256>(x + m * job.stride + 2 * i + 8 * j), index);
+        sum[m][j % 2] = _mm256_fmadd_ps(v[j], factors, sum[m][j % 2]);
       }
-    };
-    int64_t i = 0;
-    for (; i + kKept <= half; i += kKept) {
-      if (job.ahead) {
-        _mm_prefetch(soon + (in_order ? 2 * i : i), _MM_HINT_T0);
-        _mm_prefetch(soon_too + (in_order ? 2 * i : i), _MM_HINT_T0);
+      index = _mm256_srli_epi32(index, 4);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kKept <= half; i += kKept) {
+    if (job.ahead) {
+      for (int r = 0; r < R; ++r) {
+        _mm_prefetch(reinterpret_cast<const char*>(w[r] + i) + kAhead, _MM_HINT_T0);
       }
-      step(i, w + i, w + next * half + i, 4);
     }
-    if (const int64_t rest = half - i) {
-      T last[2][kKept] = {};
-      std::memcpy(last[0], w + i, rest * sizeof(T));
-      std::memcpy(last[1], w + next * half + i, rest * sizeof(T));
-      step(i, last[0], last[1], stride - i / 4);
-    }
-    for (int m = 0; m < M; ++m) {
-      const __m256 both = _mm256_add_ps(sum[m][0], sum[m][1]);
-      const __m128 s = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
-      out[r][m] = s[0] + s[1];
-      if (next) out[r + 1][m] = s[2] + s[3];
-    }
+    step(i, w[0] + i, w[1] + i, 4);
+  }
+  if (const int64_t rest = half - i) {
+    T last[2][kKept] = {};
+    std::memcpy(last[0], w[0] + i, rest * sizeof(T));
+    std::memcpy(last[1], w[1] + i, rest * sizeof(T));
+    step(i, last[0], last[1], stride - i / 4);
+  }
+  for (int m = 0; m < M; ++m) {
+    const __m256 both = _mm256_add_ps(sum[m][0], sum[m][1]);
+    const __m128 s = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    out[0][m] = s[0] + s[1];
+    if (R == 2) out[R - 1][m] = s[2] + s[3];
   }
 }
 
@@ -262,17 +258,19 @@ void run_tile(const Job<T>& job, int64_t row, int64_t token) {
   for (int m = 0; m < M; ++m) {
     for (int r = 0; r < R; ++r) {
       VecF v{sum[r][m]};
-      if (a.bias) v += load(a.bias + row + r, 1);
-      store(a.y + (token + m) * a.rows + row + r, v, 1);
+      if (a.bias) v += load(a.bias + row + r * job.apart, 1);
+      store(a.y + (token + m) * a.rows + row + r * job.apart, v, 1);
     }
   }
 }
 
-template <class T, int M>
-void run_rows(const Job<T>& job, int64_t first, int64_t last, int64_t token) {
-  int64_t row = first;
-  for (; row + kRows <= last; row += kRows) run_tile<T, kRows, M>(job, row, token);
-  for (; row < last; ++row) run_tile<T, 1, M>(job, row, token);
+// Calls body(M, token) for tiles of M tokens.
+template <class Body>
+void each_tile(int64_t begin, int64_t end, Body body) {
+  int64_t t = begin;
+  for (; t + kTokens <= end; t += kTokens) body(std::integral_constant<int, kTokens>(), t);
+  for (; t + 2 <= end; t += 2) body(std::integral_constant<int, 2>(), t);
+  for (; t < end; ++t) body(std::integral_constant<int, 1>(), t);
 }
 
 template <class T>
@@ -291,15 +289,18 @@ void permute(const Linear24<T>& a, int64_t begin) {
   }
   const int64_t row_bytes = a.cols / 2 * sizeof(T);
   split_rows(a.rows, kRows, a.rows * row_bytes * std::min<int64_t>(a.tokens, 16), a.threads, [&](int64_t first, int64_t last) {
-    // Prefetch whole tiles of rows, 4 KB of each stream ahead: 17 GB/s from memory on one core instead of 12.
-    const int64_t tiles = std::max<int64_t>(1, kAhead / (kRows * std::max<int64_t>(row_bytes, 1)));
-    for (int64_t block = first; block < last; block += kRowBlock) {
-      const int64_t end = std::min(last, block + kRowBlock);
-      Job<T> job{a, x.get(), stride, tiles * kRows};
-      int64_t t = begin;
-      for (; t + kTokens <= a.tokens; t += kTokens, job.ahead = 0) run_rows<T, kTokens>(job, block, end, t);
-      for (; t + 2 <= a.tokens; t += 2, job.ahead = 0) run_rows<T, 2>(job, block, end, t);
-      for (; t < a.tokens; ++t, job.ahead = 0) run_rows<T, 1>(job, block, end, t);
+    const Tiling tiles = Tiling::of(last - first, kRows);
+    Job<T> job{a, x.get(), stride, tiles.apart, 0};
+    for (int64_t block = 0; block < tiles.count; block += kTileBlock) {
+      const int64_t end = std::min(tiles.count, block + kTileBlock);
+      each_tile(begin, a.tokens, [&](auto m, int64_t t) {
+        job.ahead = t == begin ? kAhead : 0;
+        for (int64_t i = block; i < end; ++i) run_tile<T, kRows, m.value>(job, first + i * tiles.step, t);
+      });
+    }
+    job.ahead = 0;
+    for (int64_t row = first + tiles.count * kRows; row < last; ++row) {
+      each_tile(begin, a.tokens, [&](auto m, int64_t t) { run_tile<T, 1, m.value>(job, row, t); });
     }
   });
 }

@@ -32,7 +32,7 @@ constexpr int kWeights = 16;
 #endif
 constexpr int kSpan = 2 * kWeights;  // columns
 constexpr int kTokens = 8;
-constexpr int64_t kRowBlock = 32;
+constexpr int64_t kPairs = 16;  // of rows that pass over one tile of x before the next
 
 struct Tokens {
   std::unique_ptr<int8_t[], Free> q;  // [tokens, stride], zeros behind the last column
@@ -206,11 +206,10 @@ void pair(const int8_t* const w[2], const uint8_t* const meta[2], int64_t half, 
       sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(_mm256_maddubs_epi16(abs_high, x_high), ones));
     }
   };
-  const bool in_order = half < kShortRow;
   int64_t i = 0;
   for (; i + 32 <= half; i += 32) {
-    _mm_prefetch(w[0] + (in_order ? 2 * i + kAhead : i + ahead), _MM_HINT_T0);
-    if (!in_order) _mm_prefetch(w[1] + i + ahead, _MM_HINT_T0);
+    _mm_prefetch(w[0] + i + ahead, _MM_HINT_T0);
+    _mm_prefetch(w[1] + i + ahead, _MM_HINT_T0);
     step(i, w[0] + i, w[1] + i, meta[0] + i / 4, meta[1] + i / 4);
   }
   if (const int64_t rest = half - i) {
@@ -258,22 +257,30 @@ void finish(const Linear24<T>& a, const Tokens& x, int64_t token, int64_t row, i
   }
 }
 
+// At most kPairs pairs of rows, the first of which begins with row `first`.
 template <class T, int M>
-void run_pairs(const Linear24<T>& a, const Tokens& x, int64_t first, int64_t last, int64_t token) {
-  const int64_t half = a.cols / 2;
-  // Prefetch whole pairs of rows, at least 4 KB ahead.
-  const int64_t ahead = 2 * half * std::max<int64_t>(1, 2048 / std::max<int64_t>(half, 1));
-  int32_t sums[M][kRowBlock];
-  for (int64_t row = first; row < last; row += 2) {
-    const int64_t other = std::min(row + 1, last - 1);
+void run_pairs(const Linear24<T>& a, const Tokens& x, int64_t first, const Tiling& pairs, int64_t token) {
+  const int64_t half = a.cols / 2, parts = pairs.step == 1 ? 2 : 1;  // of rows that follow each other
+  // Neighbours: whole pairs of rows, at least 4 KB ahead.
+  const int64_t ahead = parts == 2 ? kAhead : 2 * half * std::max<int64_t>(1, 2048 / std::max<int64_t>(half, 1));
+  int32_t sums[M][2 * kPairs];
+  for (int64_t i = 0; i < pairs.count; ++i) {
+    const int64_t row = first + i * pairs.step, other = row + pairs.apart;
     const int8_t* values = static_cast<const int8_t*>(a.values);
     const int8_t* const w[2] = {values + row * half, values + other * half};
     const uint8_t* const meta[2] = {a.meta + row * a.meta_stride(), a.meta + other * a.meta_stride()};
     int32_t both[2 * M];
     pair<M>(w, meta, half, x.q.get() + token * x.stride, x.stride, ahead, both);
-    for (int m = 0; m < M; ++m) std::memcpy(sums[m] + row - first, both + 2 * m, 2 * sizeof(int32_t));
+    for (int m = 0; m < M; ++m) {
+      sums[m][i * pairs.step] = both[2 * m];
+      sums[m][i * pairs.step + (parts == 2 ? kPairs : 1)] = both[2 * m + 1];
+    }
   }
-  for (int m = 0; m < M; ++m) finish(a, x, token + m, first, last - first, sums[m]);
+  for (int m = 0; m < M; ++m) {
+    for (int64_t p = 0; p < parts; ++p) {
+      finish(a, x, token + m, first + p * pairs.apart, 2 * pairs.count / parts, sums[m] + p * kPairs);
+    }
+  }
 }
 
 // Tokens [begin, end), two rows at a time.
@@ -282,15 +289,19 @@ void permute(const Linear24<T>& a, Tokens& x, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) prepare(x.q.get() + t * x.stride, x.stride);
   const int64_t bytes = a.rows * a.cols / 2 * std::min<int64_t>(end - begin, 16);
   split_rows(a.rows, 2, bytes, a.threads, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; block += kRowBlock) {
-      const int64_t stop = std::min(last, block + kRowBlock);
+    const auto run = [&](int64_t row, const Tiling& pairs) {
       int64_t t = begin;
-      for (; t + 2 * kTokens <= end; t += 2 * kTokens) run_pairs<T, 2 * kTokens>(a, x, block, stop, t);
-      for (; t + kTokens <= end; t += kTokens) run_pairs<T, kTokens>(a, x, block, stop, t);
-      for (; t + 4 <= end; t += 4) run_pairs<T, 4>(a, x, block, stop, t);
-      for (; t + 2 <= end; t += 2) run_pairs<T, 2>(a, x, block, stop, t);
-      for (; t < end; ++t) run_pairs<T, 1>(a, x, block, stop, t);
+      for (; t + 2 * kTokens <= end; t += 2 * kTokens) run_pairs<T, 2 * kTokens>(a, x, row, pairs, t);
+      for (; t + kTokens <= end; t += kTokens) run_pairs<T, kTokens>(a, x, row, pairs, t);
+      for (; t + 4 <= end; t += 4) run_pairs<T, 4>(a, x, row, pairs, t);
+      for (; t + 2 <= end; t += 2) run_pairs<T, 2>(a, x, row, pairs, t);
+      for (; t < end; ++t) run_pairs<T, 1>(a, x, row, pairs, t);
+    };
+    const Tiling all = Tiling::of(last - first, 2);
+    for (int64_t i = 0; i < all.count; i += kPairs) {
+      run(first + i * all.step, {std::min(kPairs, all.count - i), all.step, all.apart});
     }
+    if ((last - first) % 2) run(last - 1, {1, 1, 0});  // a row that is paired with itself
   });
 }
 
