@@ -1,7 +1,7 @@
 // Dot products of weight rows with the few rows of a decode step: what norm_linear and subset_ffn share.
 //
-// A tile is R weight rows times M tokens. What a product is summed in depends on K alone (one chain in dot_tile, two in
-// dot_rows), not on the tile, so that a token's result does not depend, in any bit, on what else is in the batch.
+// A tile is R weight rows times M tokens. Into how many chains a product is summed depends on the shape of the weight alone,
+// not on the tile, so that a token's result does not depend, in any bit, on what else is in the batch.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -73,70 +73,52 @@ inline void lane_sums(const VecF* v, int count, float* out) {
 #endif
 }
 
-// out[r * M + m] = w[r] . x[m] for x rows of `stride` floats, zero from `cols` to the next vector. next[r]: the row to
-// prefetch meanwhile, or null.
-template <class T, int R, int M>
-PP_ALONE void dot_tile(const T* const* w, const T* const* next, const float* x, int64_t stride, int64_t cols, float* out) {
-  constexpr int kLine = 64 / sizeof(T);
-  VecF sum[R * M] = {};
-  const auto step = [&](int64_t i, auto load_weights) __attribute__((always_inline)) {
-    VecF weights[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) weights[r] = load_weights(w[r] + i);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const VecF v = load(x + m * stride + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[r * M + m] += weights[r] * v;
-    }
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= cols; i += kLanes) {
-    if (next && i % kLine == 0) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + i);
-    }
-    step(i, [](const T* p) { return load(p); });
-  }
-  if (const int rest = static_cast<int>(cols - i)) step(i, [rest](const T* p) { return load(p, rest); });
+// out[r * M + m] = w[r] . x[m] for x rows of `stride` floats, zero from `cols` to the next multiple of two vectors, kSide
+// rows at a time in kChains chains of sums each. next[r]: the row to prefetch meanwhile, or null.
+//
+// Neighbours that are shorter than kShort bytes are read one after the other: rows of 1.1 KB side by side came at 60% to
+// 80% of the speed that they have in order, rows of 16 KB in order at 70% to 90% of what they have side by side (EPYC
+// Zen 3, 2026-11-29). One row and one token do not fill the multiply-adds with one chain.
+constexpr int64_t kShort = 4096;
+
+template <int kSide, int kChains, int R, int M, class T>
+PP_ALONE void dot(const T* const* w, const T* const* next, const float* x, int64_t stride, int64_t cols, float* out) {
+  constexpr int kLine = 64 / sizeof(T), kSpan = kChains * kLanes, kStep = std::max(kSpan, kLine);
   VecF done[R * M];  // not sum itself: GCC would keep an array that others see in memory
-#pragma GCC unroll 16
-  for (int j = 0; j < R * M; ++j) done[j] = sum[j];
-  lane_sums(done, R * M, out);
-}
-
-// The same, row after row, its bits others than dot_tile's. Memory is read fastest as one stream a page: rows of 1.1 KB
-// side by side came at 60% to 80% of the speed that they have in order, rows of 16 KB in order at 70% to 90% of what they
-// have side by side (EPYC Zen 3, 2026-11-29). Two chains of sums, since one row and one token do not fill the
-// multiply-adds. x is zero from `cols` to the next multiple of two vectors.
-constexpr int64_t kShort = 4096;  // bytes; shorter rows are read in order
-
-template <class T, int R, int M>
-PP_ALONE void dot_rows(const T* const* w, const T* const* next, const float* x, int64_t stride, int64_t cols, float* out) {
-  constexpr int kSpan = 2 * kLanes;
-  VecF done[R * M];
-  for (int r = 0; r < R; ++r) {
-    VecF even[M] = {}, odd[M] = {};
-    const auto span = [&](const T* row, const float* v) __attribute__((always_inline)) {  // else sums in memory
-      const VecF first = load(row), second = load(row + kLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) even[m] += first * load(v + m * stride);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) odd[m] += second * load(v + m * stride + kLanes);
-    };
-    int64_t i = 0;
-    for (; i + kSpan <= cols; i += kSpan) {
+  for (int first = 0; first < R; first += kSide) {
+    VecF sum[kChains][kSide * M] = {};
+    const auto span = [&](int64_t i, auto load_weights) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-      for (int line = 0; next && line < kSpan; line += 64 / sizeof(T)) __builtin_prefetch(next[r] + i + line);
-      span(w[r] + i, x + i);
+      for (int chain = 0; chain < kChains; ++chain, i += kLanes) {
+        VecF weights[kSide];
+#pragma GCC unroll 4
+        for (int s = 0; s < kSide; ++s) weights[s] = load_weights(w[first + s] + i, i);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const VecF v = load(x + m * stride + i);
+#pragma GCC unroll 4
+          for (int s = 0; s < kSide; ++s) sum[chain][s * M + m] += weights[s] * v;
+        }
+      }
+    };
+    const auto whole = [](const T* p, int64_t) { return load(p); };
+    int64_t i = 0;
+    for (; i + kStep <= cols; i += kStep) {
+#pragma GCC unroll 4
+      for (int s = 0; next && s < kSide; ++s) {
+        for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(next[first + s] + i + line);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kStep; j += kSpan) span(i + j, whole);
     }
+    for (; i + kSpan <= cols; i += kSpan) span(i, whole);
     if (i < cols) {
-      T rest[kSpan] = {};
-      std::memcpy(rest, w[r] + i, (cols - i) * sizeof(T));
-      span(rest, x + i);
+      span(i, [cols](const T* p, int64_t at) {
+        return at < cols ? load(p, static_cast<int>(std::min<int64_t>(kLanes, cols - at))) : VecF{};
+      });
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) done[r * M + m] = even[m] + odd[m];
+    for (int j = 0; j < kSide * M; ++j) done[first * M + j] = kChains == 2 ? sum[0][j] + sum[kChains - 1][j] : sum[0][j];
   }
   lane_sums(done, R * M, out);
 }

@@ -26,9 +26,8 @@ void tile(const Job<T>& job, int64_t row, int64_t apart, int64_t t) {
   const int64_t ahead = apart == 1 ? std::max<int64_t>(1, kAhead / row_bytes) * job.cols : kAhead / sizeof(T);
   for (int r = 0; r < R; ++r) w[r] = job.weight + (row + r * apart) * job.cols, next[r] = w[r] + ahead;
   float sums[R * M];
-  // Rows that are neighbours and short are read one after the other.
-  const auto dot = kLanes != 8 && row_bytes < kShort ? dot_rows<T, R, M> : dot_tile<T, R, M>;
-  dot(w, t == 0 ? next : nullptr, job.x + t * job.stride, job.stride, job.cols, sums);
+  const auto products = kLanes != 8 && row_bytes < kShort ? dot<1, 2, R, M, T> : dot<R, 1, R, M, T>;
+  products(w, t == 0 ? next : nullptr, job.x + t * job.stride, job.stride, job.cols, sums);
   for (int r = 0; r < R; ++r) {
     const int64_t n = row + r * apart;
     for (int m = 0; m < M; ++m) {

@@ -17,6 +17,7 @@ namespace {
 using namespace pp;
 
 constexpr int64_t kParts = 8;
+constexpr int kStreams = 4;           // ranges that a lone token passes at once with AVX2: channels_together
 constexpr int kGroup = 4;             // channels whose products are made before they are multiplied into y
 constexpr int64_t kChunk = 64;        // tokens at a time: their sums, kParts * kChunk * H, stay in the caches
 constexpr int64_t kSmall = 64 << 10;  // weights below which one thread is faster
@@ -39,28 +40,29 @@ inline VecF activated(VecF x, bool gelu) {  // x * logistic(z), as in importance
   return x / (splat(1.0f) + exp(-z));
 }
 
-// h[c * M + m] for C channels and M tokens. next: 2 * C rows to prefetch, or null.
-template <class T, bool kInOrder, int C, int M>
+// h[c * M + m] for C channels and M tokens. next: 2 * C rows to prefetch, or null. kFar: the channels are far from each
+// other, so rows of all of them are read side by side: the gate's, then those of up; else a channel's are together.
+template <class T, bool kInOrder, bool kFar, int C, int M>
 void hidden_tile(const Ffn<T>& f, const int32_t* channel, const T* const* next, const float* x, float* h) {
+  constexpr int kStep = kFar ? 1 : 2, kUp = kFar ? C : 1;  // rows: from one channel's gate to the next one's, and to up
   const T* row[2 * C];
-  for (int c = 0; c < C; ++c) row[2 * c] = f.gate + channel[c] * f.pitch, row[2 * c + 1] = f.up + channel[c] * f.pitch;
+  for (int c = 0; c < C; ++c) {
+    row[kStep * c] = f.gate + channel[c] * f.pitch;
+    row[kStep * c + kUp] = f.up + channel[c] * f.pitch;
+  }
   float z[2 * C * M], gate[C * M], up[C * M];
   constexpr int R = std::min(2 * C, kInOrder ? std::min(4, 16 / M) : rows_of(M));  // lane_sums takes 16
   for (int r = 0; r < 2 * C; r += R) {
     const T* const* ahead = next ? next + r : nullptr;
-    if constexpr (kInOrder) {
-      dot_rows<T, R, M>(row + r, ahead, x, f.stride, f.hidden, z + r * M);
-    } else {
-      dot_tile<T, R, M>(row + r, ahead, x, f.stride, f.hidden, z + r * M);
-    }
+    dot<kInOrder && !kFar ? 1 : R, kInOrder ? 2 : 1, R, M>(row + r, ahead, x, f.stride, f.hidden, z + r * M);
   }
   const auto value = [&](int c, const float* scale, const float* bias, const float* z) {
     return scale || bias ? finished(*z, scale ? scale[channel[c]] : 1.0f, bias ? bias[channel[c]] : 0.0f) : *z;
   };
   for (int c = 0; c < C; ++c) {
     for (int m = 0; m < M; ++m) {
-      gate[c * M + m] = value(c, f.gate_scale, f.gate_bias, z + 2 * c * M + m);
-      up[c * M + m] = value(c, f.up_scale, f.up_bias, z + (2 * c + 1) * M + m);
+      gate[c * M + m] = value(c, f.gate_scale, f.gate_bias, z + kStep * c * M + m);
+      up[c * M + m] = value(c, f.up_scale, f.up_bias, z + (kStep * c + kUp) * M + m);
     }
   }
   for (int i = 0; i < C * M; i += kLanes) {
@@ -137,7 +139,7 @@ void channels_into(const Ffn<T>& f, const int32_t* channel, const uint8_t* keeps
       constexpr int M = decltype(m_of)::value;
       const bool ahead = more && t == 0;
       float h[C * M];
-      hidden_tile<T, kInOrder, C, M>(f, channel + c, ahead ? next : nullptr, x + t * f.stride, h);
+      hidden_tile<T, kInOrder, false, C, M>(f, channel + c, ahead ? next : nullptr, x + t * f.stride, h);
       if (keeps) drop_others<C, M>(keeps + c, t, h);
       down_tile<T, kInOrder, C, M>(f, channel + c, ahead ? next + 2 * C : nullptr, h, y + t * f.stride);
     });
@@ -151,6 +153,57 @@ struct Work {
   const uint8_t* keeps;  // as in channels_into
   int64_t count, listed;
 };
+
+// y[i] += h[i] * the down weights of channel[i], for kStreams channels with a y each. next: the rows to prefetch.
+template <class T>
+PP_ALONE void down_together(const Ffn<T>& f, const int32_t* channel, const T* const* next, const float* h, float* y) {
+  constexpr int kLine = 64 / sizeof(T);
+  const T* row[kStreams];
+  VecF factor[kStreams];
+  for (int s = 0; s < kStreams; ++s) row[s] = f.down + channel[s] * f.pitch, factor[s] = splat(h[s]);
+  const auto add = [&](int s, int64_t i, VecF w) __attribute__((always_inline)) {
+    float* to = y + s * f.stride + i;
+    store(to, load(to) + factor[s] * w);
+  };
+  int64_t i = 0;
+  for (; i + kLine <= f.hidden; i += kLine) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      __builtin_prefetch(next[s] + i);
+#pragma GCC unroll 8
+      for (int j = 0; j < kLine; j += kLanes) add(s, i + j, load(row[s] + i + j));
+    }
+  }
+  for (; i < f.hidden; i += kLanes) {
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, f.hidden - i));
+    for (int s = 0; s < kStreams; ++s) add(s, i, load(row[s] + i, n));
+  }
+}
+
+// One token through kStreams ranges, a channel of each at a time, into a y for each range, with the bits of channels_into.
+// Memory is then read as far streams, each in order: half of the channels 1.1x to 1.3x as fast in bf16 and int8, all of
+// them 1.05x to 1.3x in bf16 and 0.9x to 1.1x in int8 (EPYC Zen 3, one and two threads, 2026-11-29).
+template <class T, bool kInOrder>
+void channels_together(const Ffn<T>& f, const std::vector<Work>& work, const float* x, float* y) {
+  int64_t common = INT64_MAX;
+  for (const Work& w : work) common = std::min(common, w.count);
+  for (int64_t k = 0; k < common; ++k) {
+    int32_t channel[kStreams];
+    const T* next[3 * kStreams];
+    for (int i = 0; i < kStreams; ++i) {
+      channel[i] = work[i].channel[k];
+      const int64_t at = work[i].channel[std::min(k + 1, work[i].listed - 1)] * f.pitch;
+      next[i] = f.gate + at, next[kStreams + i] = f.up + at, next[2 * kStreams + i] = f.down + at;
+    }
+    float h[kStreams];
+    hidden_tile<T, kInOrder, true, kStreams, 1>(f, channel, next, x, h);
+    down_together(f, channel, next + 2 * kStreams, h, y);
+  }
+  for (int i = 0; i < kStreams; ++i) {
+    const Work& w = work[i];
+    channels_into<T, kInOrder>(f, w.channel + common, nullptr, w.count - common, w.listed - common, x, 1, y + i * f.stride);
+  }
+}
 
 // The channels from `begin` on that one of the segments keeps, ascending, and for each of them which tokens do.
 struct Union {
@@ -179,11 +232,10 @@ struct Union {
   }
 };
 
-// The work of all segments in the channels [begin, end). `unions` holds the lists that were made for it, and has room for
-// as many as there can be: they must not move.
-std::vector<Work> planned(const std::vector<Segment>& segments, const int32_t* channels, int64_t begin, int64_t end,
-                          std::vector<Union>& unions) {
-  std::vector<Work> all;
+// Adds the work of all segments in the channels [begin, end). `unions` holds the lists that were made for it, and has room
+// for as many as there can be: they must not move.
+void plan(const std::vector<Segment>& segments, const int32_t* channels, int64_t begin, int64_t end,
+          std::vector<Union>& unions, std::vector<Work>& all) {
   int64_t row = 0;
   for (std::size_t i = 0, next; i < segments.size(); i = next) {
     int64_t rows = segments[i].rows;
@@ -204,7 +256,6 @@ std::vector<Work> planned(const std::vector<Segment>& segments, const int32_t* c
       all.push_back({row, segments[i].rows, from, nullptr, std::lower_bound(from, last, end) - from, last - from});
     }
   }
-  return all;
 }
 
 template <class T>
@@ -222,7 +273,9 @@ void subset_ffn(std::uintptr_t x_, int64_t tokens, int64_t hidden, int64_t pitch
   const float *x = pointer<const float>(x_), *bias = pointer<const float>(down_bias);
   const float* old = pointer<const float>(residual);
   float* out = pointer<float>(y);
-  const auto into = hidden * sizeof(T) < kShort ? channels_into<T, true> : channels_into<T, false>;
+  const bool in_order = hidden * sizeof(T) < kShort;
+  const auto into = in_order ? channels_into<T, true> : channels_into<T, false>;
+  const auto together = in_order ? channels_together<T, true> : channels_together<T, false>;
   const int64_t rows = std::min(tokens, kChunk), span = (width + kParts - 1) / kParts;
   float *n = scratch<0>(rows * f.stride), *sums = scratch<1>(kParts * rows * f.stride);
 
@@ -243,13 +296,22 @@ void subset_ffn(std::uintptr_t x_, int64_t tokens, int64_t hidden, int64_t pitch
     const int team = work < kSmall ? 1 : threads;
 #pragma omp parallel num_threads(team) if (team > 1)
     {
+      const int64_t streams = kLanes == 8 && count == 1 && team <= kParts / kStreams ? kStreams : 1;
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < kParts; ++p) {
+      for (int64_t p = 0; p < kParts; p += streams) {
         float* part = sums + p * count * f.stride;
-        std::fill(part, part + count * f.stride, 0.0f);
+        std::fill(part, part + streams * count * f.stride, 0.0f);
         std::vector<Union> unions;
         unions.reserve(pieces.size() / 2);
-        for (const Work& w : planned(pieces, channels, p * span, (p + 1) * span, unions)) {
+        std::vector<Work> work;
+        for (int64_t i = 0; i < streams; ++i) {
+          plan(pieces, channels, (p + i) * span, (p + i + 1) * span, unions, work);
+        }
+        if (streams > 1) {
+          together(f, work, n, part);
+          continue;
+        }
+        for (const Work& w : work) {
           into(f, w.channel, w.keeps, w.count, w.listed, n + w.row * f.stride, w.rows, part + w.row * f.stride);
         }
       }
