@@ -12,6 +12,7 @@ tensor copy reaches on the same threads.
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 
@@ -82,10 +83,13 @@ def step(form, inputs, act):
 
 
 def turns(forms: dict, sets: list, repeats: int, device: str) -> dict:
-    """Median seconds of each form; the forms take turns, the inputs rotate."""
-    times = {name: [] for name in forms}
+    """Median seconds of each form; the forms take turns in an order of its own each round, the inputs rotate.
+
+    The order matters: what the form before has written goes to memory while the next one reads.
+    """
+    times, order = {name: [] for name in forms}, random.Random(0)
     for i in range(repeats + 1):
-        for name, run in forms.items():
+        for name, run in order.sample(list(forms.items()), len(forms)):
             inputs = sets[i % len(sets)]
             if device == "cuda":
                 torch.cuda.synchronize()

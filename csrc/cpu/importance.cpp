@@ -40,15 +40,15 @@ struct Rows {
 
   int64_t blocks() const { return (tokens + kBlock - 1) / kBlock; }
 
-  // Calls body(block, first token, last token, first channel, last channel) for all tiles, in any order.
+  // Calls body(block, first token, last token, first channel, last channel) for all tiles, in any order. strip: channels.
   template <class Body>
-  void tiles(Body body) const {
-    const int64_t strips = (channels + kStrip - 1) / kStrip;
+  void tiles(int64_t strip, Body body) const {
+    const int64_t strips = (channels + strip - 1) / strip;
     const int team = tokens * channels < kSmall ? 1 : threads;
 #pragma omp parallel for num_threads(team) if (team > 1)
     for (int64_t i = 0; i < blocks() * strips; ++i) {
-      const int64_t b = i / strips, c = i % strips * kStrip;
-      body(b, b * kBlock, std::min(tokens, (b + 1) * kBlock), c, std::min(channels, c + kStrip));
+      const int64_t b = i / strips, c = i % strips * strip;
+      body(b, b * kBlock, std::min(tokens, (b + 1) * kBlock), c, std::min(channels, c + strip));
     }
   }
 
@@ -88,7 +88,7 @@ inline void in_groups(int64_t first, int64_t last, Body body) {
 
 template <class T, Act act>
 void forward(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, const float* mask, T* h, Rows rows) {
-  rows.tiles([&](int64_t, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
+  rows.tiles(kStrip, [&](int64_t, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
     for (int64_t t = t0; t < t1; ++t) {
       const T* g = gate + t * gate_stride;
       const T* u = up + t * up_stride;
@@ -109,7 +109,7 @@ void backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride
               const float* mask, T* d_gate, T* d_up, float* partial, float* d_mask, float* taylor, float* fisher,
               Rows rows) {
   const int64_t C = rows.channels;
-  rows.tiles([&](int64_t b, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
+  rows.tiles(kStrip, [&](int64_t b, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
     float* first = partial + b * 2 * C;  // sums of a*dh, then of its square
     float* second = first + C;
     if (partial) {
@@ -156,11 +156,12 @@ void backward(const T* dh, int64_t dh_stride, const T* gate, int64_t gate_stride
 }
 
 // Eight rows at once, each an eighth of the tile from the next: eight streams of memory, which go on in the following rows.
-// Rows next to each other were 0.7x to 1.0x as fast with 1536 channels, and alike with more (EPYC Zen 3, 2026-11-29).
+// Rows next to each other were 0.7x to 1.0x as fast with 1536 channels, and strips of 2048 channels, where a stream has gaps,
+// 0.6x to 0.9x with 3072 and 8192 (EPYC Zen 3, 2026-11-29).
 template <class T>
 void sqnorm(const T* x, int64_t stride, float* partial, float* acc, Rows rows) {
-  constexpr int64_t kStreams = 8, kAhead = 512 / sizeof(T);
-  rows.tiles([&](int64_t b, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
+  constexpr int64_t kStreams = 8, kAhead = 512 / sizeof(T), kWideStrip = 8192;
+  rows.tiles(kWideStrip, [&](int64_t b, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
     float* sums = partial + b * rows.channels;
     std::fill(sums + c0, sums + c1, 0.0f);
     const int64_t step = (t1 - t0) / kStreams;

@@ -34,9 +34,9 @@ _GELU = math.sqrt(2 / math.pi), 0.044715
 
 def _rows(x: Tensor) -> Tensor:
     """x as [tokens, C] with unit stride along C; a view unless the strides forbid it."""
-    channels = x.shape[-1]
-    x = x.reshape(math.prod(x.shape[:-1]), channels)
-    return x if x.stride(1) == 1 or channels == 1 else x.contiguous()
+    if x.dim() != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _activation(gate: Tensor, act: str) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def _reference_backward(dh, gate, up, mask, act, needs, taylor, fisher):
 
 
 def _reference_sqnorm(x, acc):
-    acc += _rows(x).to(torch.promote_types(x.dtype, torch.float32)).square().sum(0)
+    acc += _rows(x.detach()).to(torch.promote_types(x.dtype, torch.float32)).square().sum(0)
 
 
 def _address(x: Tensor | None) -> int:
@@ -89,7 +89,7 @@ def _address(x: Tensor | None) -> int:
 
 def _scratch(rows: Tensor, sums: int) -> Tensor:
     """Space for the partial sums of [tokens, C]: [blocks, sums, C] float32."""
-    return torch.empty(-(-rows.shape[0] // BLOCK), sums, rows.shape[1], dtype=torch.float32, device=rows.device)
+    return rows.new_empty(-(-rows.shape[0] // BLOCK), sums, rows.shape[1], dtype=torch.float32)
 
 
 def _module(x: Tensor):
@@ -379,5 +379,5 @@ def column_sqnorm_(x: Tensor, acc: Tensor, backend: str | None = None) -> Tensor
     if torch.compiler.is_compiling():
         _compiled_sqnorm(x.detach(), acc, backend)
     else:
-        _sqnorm.pick(x.device, backend, x).run(x.detach(), acc)
+        _sqnorm.pick(x.device, backend, x).run(x, acc)
     return acc
