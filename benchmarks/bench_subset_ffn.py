@@ -34,7 +34,7 @@ def weights(kind, width, seed):
 
 
 def call(x, w, scales, channels, segments):
-    return ops.subset_ffn_op.ready("cpu")[0].run(x, w, channels, segments, "silu", scales, (None,) * 3, None, 0.0, None)
+    return ops.subset_ffn_op.ready(torch.device("cpu"))[0].run(x, w, channels, segments, "silu", scales, (None,) * 3, None, 0.0, None)
 
 
 def torch_call(x, w):

@@ -269,7 +269,7 @@ def test_gradcheck(act):
 def test_only_what_is_needed_is_computed(monkeypatch):
     """The backend is told which gradients autograd wants; scores alone make autograd run the backward pass."""
     seen = []
-    passes = importance._swiglu.ready("cpu")[0].run
+    passes = importance._swiglu.ready(torch.device("cpu"))[0].run
 
     def backward(dh, gate, up, mask, act, needs, taylor, fisher):
         grads = passes.backward(dh, gate, up, mask, act, needs, taylor, fisher)

@@ -34,18 +34,18 @@ class Op:
 
     name: str
     backends: list[Backend]
-    _ready: dict[str, list[Backend]] = field(default_factory=dict)
+    _ready: dict[torch.device, list[Backend]] = field(default_factory=dict)
 
-    def ready(self, device_type: str) -> list[Backend]:
-        """Backends that can run on this kind of device, best first (cached)."""
-        if device_type not in self._ready:
-            self._ready[device_type] = [b for b in self.backends if b.unavailable(device_type) is None]
-        return self._ready[device_type]
+    def ready(self, device: torch.device) -> list[Backend]:
+        """Backends that can run on this device, best first (cached)."""
+        if device not in self._ready:  # by the device: its type would be a new string each time
+            self._ready[device] = [b for b in self.backends if b.unavailable(device.type) is None]
+        return self._ready[device]
 
     def pick(self, device: torch.device, wish: str | None, *args, **kwargs) -> Backend:
         """The backend for one call. Raises InputError, naming the limit, if `wish` cannot be met."""
         if wish is None:
-            for backend in self.ready(device.type):
+            for backend in self.ready(device):
                 if backend.refuses(*args, **kwargs) is None:
                     return backend
         for backend in self.backends:
