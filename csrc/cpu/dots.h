@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
+#include "memory.h"
 #include "vec.h"
 
 #if defined(__AVX2__)
@@ -161,17 +161,6 @@ inline void normalize(const float* x, int64_t tokens, int64_t cols, const float*
       store(to + c, load(to + c) * factor * load(norm + c, n));
     }
   }
-}
-
-// Memory that stays with the thread: a decode step would ask the system for the same pages again and again. It begins at a
-// cache line, as do rows of padded() floats in it: vectors that straddle two lines cost subset_ffn a tenth of its time.
-template <int which>
-inline float* scratch(int64_t floats) {
-  constexpr std::uintptr_t kLine = 64;
-  static thread_local std::vector<float> memory;
-  const int64_t room = floats + kLine / sizeof(float);
-  if (static_cast<int64_t>(memory.size()) < room) memory.resize(room);
-  return reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(memory.data()) + kLine - 1) / kLine * kLine);
 }
 
 }  // namespace

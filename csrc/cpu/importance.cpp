@@ -2,6 +2,7 @@
 //
 // Sums over tokens go in two stages: each block of kBlock tokens into a row of its own, then those
 // rows in order, in float64. Nothing depends on the number of threads.
+#include "memory.h"
 #include "op.h"
 #include "vec.h"
 
@@ -216,11 +217,14 @@ void masked_swiglu_backward(Address dh, int64_t dh_stride, Address gate, int64_t
   });
 }
 
-void column_sqnorm(Address x, int64_t stride, Address partial, Address acc, int64_t tokens, int64_t channels, int dtype,
+// `partial` is not used: asking PyTorch for it took a tenth of the time that 2048 rows of 1536 channels are read in.
+void column_sqnorm(Address x, int64_t stride, Address, Address acc, int64_t tokens, int64_t channels, int dtype,
                    int threads) {
+  const Rows rows{tokens, channels, threads};
+  float* sums = scratch<0>(rows.blocks() * channels);
   by_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    sqnorm(pointer<T>(x), stride, pointer<float>(partial), pointer<float>(acc), Rows{tokens, channels, threads});
+    sqnorm(pointer<T>(x), stride, sums, pointer<float>(acc), rows);
   });
 }
 

@@ -3,9 +3,8 @@
 // other in the order of its weights, so 4 bytes of metadata become the 16 lane indices of a vector in two instructions.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
+
+#include "memory.h"
 
 namespace pp {
 
@@ -24,20 +23,6 @@ struct Linear24 {  // T: type of x, bias and y
 };
 
 constexpr int64_t kAhead = 4096;  // bytes of prefetch in a row that is read from memory
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Memory that begins at a cache line: a vector of 64 bytes that straddles two lines is loaded at less than half the speed.
-template <class T>
-std::unique_ptr<T[], Free> aligned(int64_t count) {
-  void* p = std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(T)), 64));
-  if (!p && count) throw std::bad_alloc();
-  return std::unique_ptr<T[], Free>(static_cast<T*>(p));
-}
 
 // Tokens from which AMX tiles are faster than permuting x (linear24_amx.cpp).
 constexpr int64_t kAmxTokens = 3;

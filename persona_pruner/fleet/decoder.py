@@ -140,7 +140,7 @@ class Decoder:
         self._window = getattr(config, "sliding_window", None)  # of Mistral, whose layers do not say
         # Weights and batches are made here and fit: the backends are called without the checks of the public ops.
         self._backends = [
-            op.ready(model.get_input_embeddings().weight.device.type)[0]
+            op.ready(model.get_input_embeddings().weight.device)[0]
             for op in (ops.norm_linear_op, ops.paged_attention_op, ops.subset_ffn_op)
         ]
         self._steps: OrderedDict[tuple, Step] = OrderedDict()

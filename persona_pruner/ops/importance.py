@@ -134,11 +134,11 @@ def _native_backward(dh, gate, up, mask, act, needs, taylor, fisher):
 
 def _native_sqnorm(x, acc):
     rows = _rows(x)
-    partial = _scratch(rows, 1)
+    partial = _scratch(rows, 1) if x.is_cuda else None  # the CPU kernel keeps its own
     module, last = _module(x)
     with _native.on_device(x):
         module.column_sqnorm(
-            rows.data_ptr(), rows.stride(0), partial.data_ptr(), acc.data_ptr(),
+            rows.data_ptr(), rows.stride(0), _address(partial), acc.data_ptr(),
             *rows.shape, DTYPES.index(x.dtype), last,
         )  # fmt: skip
 
