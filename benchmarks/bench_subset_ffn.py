@@ -34,7 +34,8 @@ def weights(kind, width, seed):
 
 
 def call(x, w, scales, channels, segments):
-    return ops.subset_ffn_op.ready(torch.device("cpu"))[0].run(x, w, channels, segments, "silu", scales, (None,) * 3, None, 0.0, None)
+    backend = ops.subset_ffn_op.ready(x.device)[0]
+    return backend.run(x, w, channels, segments, "silu", scales, (None,) * 3, None, 0.0, None)
 
 
 def torch_call(x, w):
