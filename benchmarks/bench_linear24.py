@@ -213,7 +213,7 @@ def measure(n, k, tokens, caches, budget, device, way):
             spare = [torch.ones(n, k // 2, dtype=BF16) for _ in weights]
             calls["read"] = [lambda data=data: common.read(data, way) for data in spare]
         if name in ("2:4 bf16", "2:4 int8") and way and tokens == 1:
-            calls[f"{name} kernel"] = [kernel_alone(form.packed, form.x) for _ in weights]
+            calls[f"{name} kernel"] = [kernel_alone(form) for _ in weights]
     for kind in caches:
         if kind == "streamed" or 2 * dense.numel() <= cache // 2:
             found[kind] = common.turns(calls, budget, kind == "hot", device)
@@ -225,16 +225,19 @@ def measure(n, k, tokens, caches, budget, device, way):
     return found, shares
 
 
-def kernel_alone(tensors, x):
+def kernel_alone(form):
     """A call of the C++ function for a copy of a packed weight and one token; the copy lives as long as the call."""
-    (rows, half), threads = tensors[0].shape, torch.get_num_threads()
-    tensors, y = [t.clone() for t in tensors], torch.empty(1, rows, dtype=x.dtype)
+    (rows, half), threads = form.packed[0].shape, torch.get_num_threads()
+    tensors, y = clone(form.packed), torch.empty(1, rows, dtype=form.x.dtype)
     function = _native.cpu_module().linear24_bf16 if len(tensors) == 2 else _native.cpu_module().linear24_i8_bf16
-    addresses = [x.data_ptr(), *(t.data_ptr() for t in tensors), 0, y.data_ptr()]
+    addresses = [form.x.data_ptr(), *(t.data_ptr() for t in tensors), 0, y.data_ptr()]
 
-    def run(kept=(tensors, y, x)):
+    def run(kept=(tensors, y)):
         function(*addresses, 1, rows, 2 * half, threads)
 
+    run()
+    if not torch.equal(y, form.run(form.weight, form.x)):
+        raise SystemExit(f"N {rows} K {2 * half}: the kernel alone gives another result; nothing is timed")
     return run
 
 
