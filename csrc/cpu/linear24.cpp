@@ -35,7 +35,7 @@ struct Job {
   const float* x;  // [tokens, stride], float32, padded with zeros, in the order that prepare() makes
   int64_t stride;
   int64_t apart;  // rows between two rows of a tile
-  int64_t ahead;  // bytes of a row to prefetch; 0: none
+  int64_t ahead;  // rows from those in use to those to prefetch, where they are neighbours; 0: nothing is prefetched
 };
 
 #if defined(PP_STREAM)
@@ -290,11 +290,12 @@ void permute(const Linear24<T>& a, int64_t begin) {
   const int64_t row_bytes = a.cols / 2 * sizeof(T);
   split_rows(a.rows, kRows, a.rows * row_bytes * std::min<int64_t>(a.tokens, 16), a.threads, [&](int64_t first, int64_t last) {
     const Tiling tiles = Tiling::of(last - first, kRows);
+    const int64_t ahead = kRows * std::max<int64_t>(1, kAhead / (kRows * std::max<int64_t>(row_bytes, 1)));
     Job<T> job{a, x.get(), stride, tiles.apart, 0};
     for (int64_t block = 0; block < tiles.count; block += kTileBlock) {
       const int64_t end = std::min(tiles.count, block + kTileBlock);
       each_tile(begin, a.tokens, [&](auto m, int64_t t) {
-        job.ahead = t == begin ? kAhead : 0;
+        job.ahead = t == begin ? ahead : 0;
         for (int64_t i = block; i < end; ++i) run_tile<T, kRows, m.value>(job, first + i * tiles.step, t);
       });
     }
