@@ -35,7 +35,7 @@ struct Job {
   const float* x;  // [tokens, stride], float32, padded with zeros, in the order that prepare() makes
   int64_t stride;
   int64_t apart;  // rows between two rows of a tile
-  int64_t ahead;  // rows from those in use to those to prefetch, where they are neighbours; 0: nothing is prefetched
+  bool ahead;     // whether to prefetch
 };
 
 #if defined(PP_STREAM)
@@ -50,7 +50,7 @@ void prepare(float*, int64_t) {}
 template <class T, int R, int M>
 void tile(const Job<T>& job, int64_t row, int64_t token, float (*out)[M]) {
   const auto& a = job.a;
-  const int64_t half = a.cols / 2, stride = a.meta_stride();
+  const int64_t half = a.cols / 2, stride = a.meta_stride(), next = job.apart * half, next_meta = job.apart * stride;
   const T* w = static_cast<const T*>(a.values) + row * half;
   const uint8_t* meta = a.meta + row * stride;
   const float* x = job.x + token * job.stride;
@@ -68,9 +68,9 @@ void tile(const Job<T>& job, int64_t row, int64_t token, float (*out)[M]) {
       high[m] = _mm512_loadu_ps(x + m * job.stride + 2 * i + 16);
     }
     for (int r = 0; r < R; ++r) {
-      const __m512i lane = _mm512_srlv_epi32(_mm512_set1_epi32(bits(meta + r * stride + i / 4)), shift);
+      const __m512i lane = _mm512_srlv_epi32(_mm512_set1_epi32(bits(meta + r * next_meta + i / 4)), shift);
       const __m512i index = _mm512_ternarylogic_epi32(lane, three, base, 0xea);  // lane & 3 | base
-      const __m512 v = (__m512)load_values(w + r * half + i);
+      const __m512 v = (__m512)load_values(w + r * next + i);
       for (int m = 0; m < M; ++m) {
         sum[r][m] = _mm512_fmadd_ps(v, _mm512_permutex2var_ps(low[m], index, high[m]), sum[r][m]);
       }
@@ -79,10 +79,7 @@ void tile(const Job<T>& job, int64_t row, int64_t token, float (*out)[M]) {
   int64_t i = 0;
   for (; i + 16 <= half; i += 16) {
     if (job.ahead) {
-      for (int r = 0; r < R; ++r) {
-        _mm_prefetch(w + (r + job.ahead) * half + i, _MM_HINT_T0);
-        if (i % 64 == 0) _mm_prefetch(meta + (r + job.ahead) * stride + i / 4, _MM_HINT_T0);
-      }
+      for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(w + r * next + i) + kAhead, _MM_HINT_T0);
     }
     step(i, [](const T* p) { return load(p); }, [](const uint8_t* p) { return load_meta(p, 4); });
   }
@@ -198,8 +195,8 @@ void tile(const Job<T>& job, int64_t row, int64_t token, float (*out)[M]) {
   float w[kPiece];
   int column[kPiece];
   for (int r = 0; r < R; ++r) {
-    const T* values = static_cast<const T*>(a.values) + (row + r) * (a.cols / 2);
-    const uint8_t* meta = a.meta + (row + r) * a.meta_stride();
+    const T* values = static_cast<const T*>(a.values) + (row + r * job.apart) * (a.cols / 2);
+    const uint8_t* meta = a.meta + (row + r * job.apart) * a.meta_stride();
     float sum[M] = {};
     for (int64_t i = 0; i < a.cols / 2; i += kPiece) {
       const int n = static_cast<int>(std::min<int64_t>(kPiece, a.cols / 2 - i));
@@ -290,16 +287,15 @@ void permute(const Linear24<T>& a, int64_t begin) {
   const int64_t row_bytes = a.cols / 2 * sizeof(T);
   split_rows(a.rows, kRows, a.rows * row_bytes * std::min<int64_t>(a.tokens, 16), a.threads, [&](int64_t first, int64_t last) {
     const Tiling tiles = Tiling::of(last - first, kRows);
-    const int64_t ahead = kRows * std::max<int64_t>(1, kAhead / (kRows * std::max<int64_t>(row_bytes, 1)));
-    Job<T> job{a, x.get(), stride, tiles.apart, 0};
+    Job<T> job{a, x.get(), stride, tiles.apart, false};
     for (int64_t block = 0; block < tiles.count; block += kTileBlock) {
       const int64_t end = std::min(tiles.count, block + kTileBlock);
       each_tile(begin, a.tokens, [&](auto m, int64_t t) {
-        job.ahead = t == begin ? ahead : 0;
+        job.ahead = t == begin;
         for (int64_t i = block; i < end; ++i) run_tile<T, kRows, m.value>(job, first + i * tiles.step, t);
       });
     }
-    job.ahead = 0;
+    job.ahead = false;
     for (int64_t row = first + tiles.count * kRows; row < last; ++row) {
       each_tile(begin, a.tokens, [&](auto m, int64_t t) { run_tile<T, 1, m.value>(job, row, t); });
     }

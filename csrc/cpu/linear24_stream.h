@@ -6,17 +6,16 @@
 // rows are read side by side, whatever is prefetched. So up to 4 tokens a row is finished before the next one begins.
 // More tokens are computing, not reading: 2 rows times 8 tokens, in pieces of K that leave x in the L1 cache.
 #pragma once
+#include "rows.h"
 #include "vec.h"
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-#define PP_STREAM 1
+#if defined(PP_STREAM)
 
 #include <algorithm>
 #include <memory>
 #include <type_traits>
 
 #include "linear24.h"
-#include "rows.h"
 
 namespace pp {
 namespace {

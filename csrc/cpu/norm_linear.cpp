@@ -8,7 +8,7 @@ namespace {
 using namespace pp;
 
 constexpr int64_t kRowBlock = 16;  // weight rows that stay in the L1 cache while all tokens pass
-constexpr int64_t kAhead = kLanes == 8 ? 4096 : 16384;  // bytes to prefetch ahead of the rows in use
+constexpr int64_t kAhead = kOneStream ? 16384 : 4096;  // bytes to prefetch ahead of the rows in use
 
 template <class T>
 struct Job {
@@ -26,7 +26,7 @@ void tile(const Job<T>& job, int64_t row, int64_t apart, int64_t t) {
   const int64_t ahead = apart == 1 ? std::max<int64_t>(1, kAhead / row_bytes) * job.cols : kAhead / sizeof(T);
   for (int r = 0; r < R; ++r) w[r] = job.weight + (row + r * apart) * job.cols, next[r] = w[r] + ahead;
   float sums[R * M];
-  const auto products = kLanes != 8 && row_bytes < kShort ? dot<1, 2, R, M, T> : dot<R, 1, R, M, T>;
+  const auto products = kOneStream && row_bytes < kShort ? dot<1, 2, R, M, T> : dot<R, 1, R, M, T>;
   products(w, t == 0 ? next : nullptr, job.x + t * job.stride, job.stride, job.cols, sums);
   for (int r = 0; r < R; ++r) {
     const int64_t n = row + r * apart;

@@ -9,6 +9,7 @@
 // 16 characters of one row each, 82% of the channels in common: 1.5 times as fast; 8 of two rows: 1.1 (EPYC Zen 3, 2026-11-29).
 #include "dots.h"
 #include "op.h"
+#include "rows.h"
 
 #include <omp.h>
 
@@ -17,7 +18,7 @@ namespace {
 using namespace pp;
 
 constexpr int64_t kParts = 8;
-constexpr int kStreams = 4;           // ranges that a lone token passes at once with AVX2: channels_together
+constexpr int kStreams = 4;           // ranges that a lone token passes at once: channels_together
 constexpr int kGroup = 4;             // channels whose products are made before they are multiplied into y
 constexpr int64_t kChunk = 64;        // tokens at a time: their sums, kParts * kChunk * H, stay in the caches
 constexpr int64_t kSmall = 64 << 10;  // weights below which one thread is faster
@@ -182,7 +183,11 @@ PP_ALONE void down_together(const Ffn<T>& f, const int32_t* channel, const T* co
 
 // One token through kStreams ranges, a channel of each at a time, into a y for each range, with the bits of channels_into.
 // Memory is then read as far streams, each in order: half of the channels 1.1x to 1.3x as fast in bf16 and int8, all of
-// them 1.05x to 1.3x in bf16 and 0.9x to 1.1x in int8 (EPYC Zen 3, one and two threads, 2026-11-29).
+// them 1.05x to 1.3x in bf16 and 0.9x to 1.1x in int8 (EPYC Zen 3, one and two threads, 2026-11-29). On a Xeon with AMX
+// 1.1x in bf16, but 0.9x in int8 on two threads, where the sums of four ranges are more work than one's (2026-11-30).
+template <class T>
+constexpr bool kTogether = !kOneStream && (kLanes <= 8 || sizeof(T) > 1);
+
 template <class T, bool kInOrder>
 void channels_together(const Ffn<T>& f, const std::vector<Work>& work, const float* x, float* y) {
   int64_t common = INT64_MAX;
@@ -296,7 +301,7 @@ void subset_ffn(std::uintptr_t x_, int64_t tokens, int64_t hidden, int64_t pitch
     const int team = work < kSmall ? 1 : threads;
 #pragma omp parallel num_threads(team) if (team > 1)
     {
-      const int64_t streams = kLanes == 8 && count == 1 && team <= kParts / kStreams ? kStreams : 1;
+      const int64_t streams = kTogether<T> && count == 1 && team <= kParts / kStreams ? kStreams : 1;
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < kParts; p += streams) {
         float* part = sums + p * count * f.stride;

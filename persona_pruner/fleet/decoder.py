@@ -57,8 +57,8 @@ class Matrix:
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 [n, K]: some rows of it."""
-        rows = self.weight[index].float()
-        return rows if self.scales is None else rows * self.scales[index, None]
+        rows = self.weight.index_select(0, index).float()
+        return rows if self.scales is None else rows * self.scales.index_select(0, index)[:, None]
 
     @property
     def nbytes(self) -> int:

@@ -132,13 +132,21 @@ def _native_backward(dh, gate, up, mask, act, needs, taylor, fisher):
     return d_gate, d_up, d_mask
 
 
-def _native_sqnorm(x, acc):
+def _cpu_sqnorm(x, acc):
+    # Few calls: 2048 rows of 1536 channels take 0.3 ms, and the call 0.05 where its code has been swept out.
     rows = _rows(x)
-    partial = _scratch(rows, 1) if x.is_cuda else None  # the CPU kernel keeps its own
+    _native.cpu_module().column_sqnorm(
+        rows.data_ptr(), rows.stride(0), 0, acc.data_ptr(), *rows.shape, DTYPES.index(x.dtype), torch.get_num_threads()
+    )
+
+
+def _cuda_sqnorm(x, acc):
+    rows = _rows(x)
+    partial = _scratch(rows, 1)
     module, last = _module(x)
     with _native.on_device(x):
         module.column_sqnorm(
-            rows.data_ptr(), rows.stride(0), _address(partial), acc.data_ptr(),
+            rows.data_ptr(), rows.stride(0), partial.data_ptr(), acc.data_ptr(),
             *rows.shape, DTYPES.index(x.dtype), last,
         )  # fmt: skip
 
@@ -219,8 +227,8 @@ _swiglu = Op(
 _sqnorm = Op(
     "column_sqnorm_",
     [
-        Backend("cpu", _native_sqnorm, _cpu_unavailable, _refuses_dtype),
-        Backend("cuda", _native_sqnorm, _cuda_unavailable, _cuda_refuses),
+        Backend("cpu", _cpu_sqnorm, _cpu_unavailable, _refuses_dtype),
+        Backend("cuda", _cuda_sqnorm, _cuda_unavailable, _cuda_refuses),
         Backend("triton", _triton_sqnorm, _triton_unavailable, _refuses_dtype),
         Backend("reference", _reference_sqnorm),
     ],
