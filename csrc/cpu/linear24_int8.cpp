@@ -324,7 +324,7 @@ void by_stream(const Linear24<T>& a, const Tokens& x, int64_t begin) {
 template <class T>
 bool by_tiles(const Linear24<T>& a, const Tokens& x) {
 #if defined(__AMX_INT8__)
-  if (a.tokens < kAmxTokens) return false;
+  if (a.tokens < kAmxTokens || a.tokens == kTokens) return false;
   std::unique_ptr<int32_t[]> sums(new int32_t[a.tokens * a.rows]);
   if (!amx_int8({x.q.get(), x.stride, a.values, a.meta, sums.get(), a.tokens, a.rows, a.cols, a.threads})) return false;
   for (int64_t t = 0; t < a.tokens; ++t) finish(a, x, t, 0, a.rows, sums.get() + t * a.rows);
