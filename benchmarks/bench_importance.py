@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(args, dtype, channels, act) -> dict:
     size = args.tokens * channels
-    count = max(2, -(-args.memory * 10**6 // (3 * size * dtype.itemsize)))
+    count = max(3, -(-args.memory * 10**6 // (3 * size * dtype.itemsize)))
 
     def inputs():
         gate, up, dh = (torch.randn(args.tokens, channels, device=args.device).to(dtype) for _ in range(3))
