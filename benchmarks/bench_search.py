@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from persona_pruner import files, models
 from persona_pruner.benchmarks import common
 from persona_pruner.evaluation import metrics
+from persona_pruner.memory import kept_memory
 from persona_pruner.nn import masked
 from persona_pruner.packing import pack
 from persona_pruner.persona import Persona
@@ -286,6 +287,7 @@ def plot(curves: dict, path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
+@kept_memory()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("bench search", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", required=True, help="output folder of a sculpt")

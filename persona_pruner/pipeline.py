@@ -25,6 +25,7 @@ from persona_pruner.formats.packed import save_packed
 from persona_pruner.formats.persona_file import SUFFIX, PersonaFile
 from persona_pruner.formats.slim import save_slim
 from persona_pruner.material import HELD_OUT_SEED, Run, stage_one
+from persona_pruner.memory import kept_memory
 from persona_pruner.nn import ffn_bytes, masked, slim_copy, sparsify_, weights
 from persona_pruner.packing import Example, evenly, pack
 from persona_pruner.persona import Persona
@@ -227,6 +228,7 @@ def _write(run: Run, folder: Path, result: SculptResult) -> None:
     files.write_json(folder / "metrics.json", result.metrics)
 
 
+@kept_memory()
 def sculpt(
     model: nn.Module,
     tokenizer,

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "persona_pruner"
 # Each unit (a module or a folder of the package) imports from lines above its own, or from itself.
 ORDER = [
-    {"errors", "__version__"},
+    {"errors", "memory", "__version__"},
     {"prefix_attention", "files", "config", "processor"},
     {"card_files"},
     {"persona"},

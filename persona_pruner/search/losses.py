@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from persona_pruner.packing import chunks, logits
 
-CHUNK = 256  # tokens a chunk: 50 MB of float32 logits at a vocabulary of 49,152
+CHUNK = 25 << 20  # bytes of float32 logits a chunk, of which half a dozen live at once: 136 tokens of 49,152 words
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -15,7 +15,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, states: Tensor, model: nn.Module, grad) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         slopes = torch.empty_like(states)
-        for part in chunks(len(states), CHUNK):
+        words = len(model.get_output_embeddings().weight)
+        for part in chunks(len(states), max(1, CHUNK // (4 * words))):
             with torch.enable_grad():
                 piece = states[part].detach().requires_grad_()
                 out = logits(model, piece)

@@ -20,6 +20,7 @@ from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError
 from persona_pruner.evaluation import metrics
 from persona_pruner.material import Material
+from persona_pruner.memory import kept_memory
 from persona_pruner.nn import slim_copy
 from persona_pruner.packing import Example, hidden_states, pack
 from persona_pruner.persona import Persona
@@ -285,6 +286,7 @@ STUDIES: dict[str, Callable[[Study, float, int], dict]] = {
 SEVERAL = ("personas", "cross", "cross-masks")  # need at least two personas
 
 
+@kept_memory()
 def analyse(
     model: nn.Module,
     tokenizer,

@@ -21,6 +21,7 @@ from persona_pruner.errors import InputError
 from persona_pruner.evaluation import judge as judging
 from persona_pruner.evaluation.harness import harness
 from persona_pruner.material import Material, prepare
+from persona_pruner.memory import kept_memory
 from persona_pruner.packing import Example, Pack, pack, text_packs
 from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
@@ -223,6 +224,7 @@ def judge_cells(
     return {"judge": judge.model, "url": judge.url, "dense": dict(zip(study.names, base, strict=True))}
 
 
+@kept_memory()
 def compare(
     model: nn.Module,
     tokenizer,

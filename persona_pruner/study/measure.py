@@ -16,6 +16,7 @@ from persona_pruner.evaluation import metrics
 from persona_pruner.evaluation.quiz import quiz_accuracy
 from persona_pruner.evaluation.rouge import rouge_l
 from persona_pruner.material import Material
+from persona_pruner.memory import trim
 from persona_pruner.search.baselines.size import nonzero
 from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.generate import generate
@@ -50,6 +51,7 @@ def cost(device: torch.device | str = "cpu") -> Iterator[Cost]:
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        trim()
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
     found, begun = Cost(), time.perf_counter()
