@@ -23,8 +23,8 @@ def faults(tensors=6):  # of so many tensors of 8 MB, alive together and then go
 torch.set_num_threads(1)
 @kept_memory()
 def work():
-    faults()
-    return faults(), resident()
+    rounds = [faults() for _ in range(8)]  # the heap grows in the first ones: a tensor seldom fits where one was
+    return rounds[-1], resident()
 
 again, held = work()
 print(again, held - resident())
@@ -35,7 +35,7 @@ print(again, held - resident())
 def test_freed_memory_stays_within_the_context_and_goes_at_its_end():
     out = subprocess.run([sys.executable, "-P", "-c", CODE], capture_output=True, text=True, check=True).stdout
     faults, given_back = map(int, out.split())
-    assert faults < 4000  # 12,277 with what glibc does by itself, 2,048 are those of one tensor
+    assert faults < 2048  # pages of one tensor; with what glibc does by itself 12,277
     assert given_back > 40e6
 
 
