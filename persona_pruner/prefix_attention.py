@@ -164,7 +164,7 @@ class PackLayout:
 
     def by_row(self, x: Tensor) -> Tensor:
         """[S, H, L, ...] from [H, T, ...]; what stands in the padding is not to be used."""
-        return x[:, self.index].transpose(0, 1)
+        return x.index_select(1, self.index.flatten()).unflatten(1, self.index.shape).transpose(0, 1)
 
     def tokens(self, x: Tensor) -> Tensor:
         """[N, H, ...] of the rows' tokens from [S, H, L, ...]."""

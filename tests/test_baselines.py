@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from persona_pruner import models
 from persona_pruner.errors import InputError
-from persona_pruner.packing import hidden_states, logits, pack, text_packs
+from persona_pruner.packing import Example, hidden_states, logits, pack, text_packs
 from persona_pruner.search.baselines import BASELINES, adapt_pruner, channels, depth, prune, slicegpt
 from persona_pruner.search.baselines.size import budget, nonzero, parameters, removed
 from persona_pruner.search.masks import kept_width, top_k
@@ -185,6 +185,9 @@ def test_few_sequences_are_drawn_by_the_seed():
     one, again, other = (channels.few(texts, seed) for seed in (0, 0, 1))
     rows = [[batch.rows for batch in chosen] for chosen in (one, again, other)]
     assert rows[0] == rows[1] != rows[2] and len({*rows[0]}) == channels.SAMPLES
+    assert len(channels.few(texts, 0, sequences=3)) == 3 and len(channels.few(texts[:2], 0, sequences=3)) == 2
+    packs = pack([Example([1], [2, 3])] * 12, budget=9)  # four in each
+    assert [len(channels.few(packs, 0, sequences=n)) for n in (1, 4, 5, 12, 99)] == [1, 1, 2, 3, 3]
 
 
 def test_depth(packs):

@@ -1,6 +1,7 @@
 """Baselines that remove FFN channels: random, magnitude, Wanda, FLAP and LLM-Pruner."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from persona_pruner.search.masks import top_k
 from persona_pruner.search.scores import Context
 
 FIRST, LAST = 4 / 32, 2 / 32  # shares of the blocks that LLM-Pruner leaves alone: its setting for 32 blocks
-SAMPLES = 10  # calibration sequences that LLM-Pruner takes gradients of
+SAMPLES = 10  # calibration sequences of LLM-Pruner and others
 
 
 def random(context: Context, ratio: float) -> nn.Module:
@@ -98,10 +99,15 @@ def weight_taylor(model: nn.Module, packs: Sequence[Pack], step=lambda done: Non
     return [gate.sum(1) + up.sum(1) + down.sum(0) for gate, up, down in products]
 
 
-def few(packs: Sequence[Pack], seed: int) -> list[Pack]:
-    """The `SAMPLES` packs that a method with few calibration sequences takes, drawn by the seed."""
+def few(packs: Sequence[Pack], seed: int, sequences: int | None = None) -> list[Pack]:
+    """The `SAMPLES` packs that a method with few calibration sequences takes, drawn by the seed; or only the first of
+    them, so many that they hold `sequences`: ten packs of persona data hold a hundred and more."""
     order = torch.randperm(len(packs), generator=torch.Generator().manual_seed(seed))
-    return [packs[i] for i in order[:SAMPLES].tolist()]
+    chosen = [packs[i] for i in order[:SAMPLES].tolist()]
+    if sequences:
+        held = accumulate(len(batch.rows) for batch in chosen)
+        chosen = chosen[: 1 + sum(total < sequences for total in held)]
+    return chosen
 
 
 def llm_pruner(context: Context, ratio: float) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 from persona_pruner import models
 from persona_pruner.errors import InputError
 from persona_pruner.packing import Pack, answer_states
-from persona_pruner.search.baselines.channels import few
+from persona_pruner.search.baselines.channels import SAMPLES, few
 from persona_pruner.search.baselines.size import removed
 from persona_pruner.search.losses import cross_entropy
 from persona_pruner.search.scores import Context
@@ -64,5 +64,6 @@ def prune(context: Context, ratio: float) -> nn.Module:
     blocks = models.decoder_layers(context.model)
     size = sum(p.numel() for p in blocks[0].parameters())
     count = min(max(1, round(removed(context.model, ratio) / size)), len(blocks) - 1)
-    losses = torch.tensor(block_losses(context.model, few(context.packs, context.seed), context.step))
+    packs = few(context.packs, context.seed, sequences=SAMPLES)
+    losses = torch.tensor(block_losses(context.model, packs, context.step))
     return without(context.model, losses.argsort(stable=True)[:count].tolist())
