@@ -19,7 +19,7 @@ from persona_pruner.nn import masked, slim_copy
 from persona_pruner.nn.sparse import packed_layers
 from persona_pruner.pipeline import SAVE_EVERY
 from persona_pruner.synthesis import bank
-from persona_pruner.synthesis.answers import BATCH
+from persona_pruner.synthesis.generate import BATCH
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
 
 BARE = {**QUICK, "compare": False, "eval_questions": HELD_OUT}

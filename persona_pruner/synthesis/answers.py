@@ -8,7 +8,6 @@ from persona_pruner.errors import InputError, RunError
 from persona_pruner.synthesis.generate import generate
 from persona_pruner.synthesis.prompts import chat, encode, prompt_ids, stop_ids
 
-BATCH = 48
 Done = Callable[[list[list[int]]], None]
 
 
@@ -24,9 +23,7 @@ def self_distilled(
 ) -> list[list[int]]:
     """Token ids of the base model's own sampled answers (temperature 0.8) from question `start` on, batch by batch."""
     prompts = [prompt_ids(tokenizer, system, question) for question in questions]
-    return generate(
-        model, prompts, stop_ids(model, tokenizer), max_new_tokens, BATCH, seed=seed, start=start, done=done
-    )
+    return generate(model, prompts, stop_ids(model, tokenizer), max_new_tokens, seed=seed, start=start, done=done)
 
 
 def _as_ids(tokenizer, text: str, max_new_tokens: int) -> list[int]:

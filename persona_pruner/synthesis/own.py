@@ -37,7 +37,7 @@ def own_questions(
     prompts = [open_question_ids(tokenizer, system, opening) for opening in OPENINGS]
     drafts = [index % len(OPENINGS) for index in range(count + count // 2)]
     texts = generate(
-        model, [prompts[i] for i in drafts], stops, MAX_TOKENS, batch=96, seed=seed, done=lambda batch: step(len(batch))
+        model, [prompts[i] for i in drafts], stops, MAX_TOKENS, seed=seed, done=lambda batch: step(len(batch))
     )
     ended = [
         f"{OPENINGS[opening]}{tokenizer.decode(text[:-1])}".strip()

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 from persona_pruner import models
 from persona_pruner.nn import slim_
 from persona_pruner.packing import Pack, hidden_states
-from persona_pruner.search.baselines.channels import few, weight_taylor
+from persona_pruner.search.baselines.channels import SAMPLES, few, weight_taylor
 from persona_pruner.search.masks import kept_width, top_k
 from persona_pruner.search.scores import Context
 
@@ -61,7 +61,7 @@ def prune(context: Context, ratio: float) -> nn.Module:
     importance (`importance`) and A = 0.02, and within a layer the channels with the least sum of |w * dLoss/dw| go;
     importance and gradients are measured anew each round. Simplified: FFN channels only, and nothing is trained
     between or after the rounds."""
-    packs = few(context.packs, context.seed)
+    packs = few(context.packs, context.seed, sequences=SAMPLES)
     model = copy.deepcopy(context.model)
     total = sum(models.widths(model))
     target = sum(kept_width(width, ratio) for width in models.widths(model))
