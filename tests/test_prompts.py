@@ -73,7 +73,7 @@ def test_examples_and_stops():
 def writes(monkeypatch, text_of):
     """Lets `own_questions` draft `text_of(draft number)` as token ids instead of asking the model."""
 
-    def generate(model, prompts, stop, limit, batch, seed, done):
+    def generate(model, prompts, stop, limit, seed, done):
         texts = [text_of(index) for index in range(len(prompts))]
         done(texts)
         return texts
