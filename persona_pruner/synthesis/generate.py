@@ -8,7 +8,7 @@ from torch import nn
 from persona_pruner.packing import common_prefix, logits
 from persona_pruner.prefix_attention import BatchLayout, prefix_attention, unused_mask
 
-BATCH = 96  # rows: 1.2x to 1.3x the tokens/s of 48 in bfloat16 with AMX, 192 no more (2 cores of a Xeon, 2026-11-30)
+BATCH = 96  # rows: 1.2x to 1.4x the tokens/s of 48 in bfloat16 with AMX, 192 no more (2 cores of a Xeon, 2026-11-30)
 
 
 def _next(scores: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
