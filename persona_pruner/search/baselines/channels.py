@@ -101,7 +101,8 @@ def weight_taylor(model: nn.Module, packs: Sequence[Pack], step=lambda done: Non
 
 def few(packs: Sequence[Pack], seed: int, sequences: int | None = None) -> list[Pack]:
     """The `SAMPLES` packs that a method with few calibration sequences takes, drawn by the seed; or only the first of
-    them, so many that they hold `sequences`: ten packs of persona data hold a hundred and more."""
+    them, until they hold `sequences`: a pack of persona data has a dozen, and a method that passes over its data for
+    every block or round need not see a hundred and more."""
     order = torch.randperm(len(packs), generator=torch.Generator().manual_seed(seed))
     chosen = [packs[i] for i in order[:SAMPLES].tolist()]
     if sequences:
@@ -112,8 +113,8 @@ def few(packs: Sequence[Pack], seed: int, sequences: int | None = None) -> list[
 
 def llm_pruner(context: Context, ratio: float) -> nn.Module:
     """LLM-Pruner (Ma et al., NeurIPS 2023), element-wise first order: score of a channel = sum over the weights of its
-    coupled group (row of W_gate, row of W_up, column of W_down) of |w * dLoss/dw| on ten calibration sequences. The
-    first eighth and the last sixteenth of the blocks are left alone as in the paper; the others lose more, so that
+    coupled group (row of W_gate, row of W_up, column of W_down) of |w * dLoss/dw| on ten calibration sequences, or
+    packs of persona data. The first eighth and the last sixteenth of the blocks are left alone as in the paper; the others lose more, so that
     the ratio over all is kept. Simplified: attention heads are left whole, and no LoRA follows."""
     found = weight_taylor(context.model, few(context.packs, context.seed), context.step)
     return slim_copy(context.model, between(found, ratio))
