@@ -114,8 +114,9 @@ def few(packs: Sequence[Pack], seed: int, sequences: int | None = None) -> list[
 def llm_pruner(context: Context, ratio: float) -> nn.Module:
     """LLM-Pruner (Ma et al., NeurIPS 2023), element-wise first order: score of a channel = sum over the weights of its
     coupled group (row of W_gate, row of W_up, column of W_down) of |w * dLoss/dw| on ten calibration sequences, or
-    packs of persona data. The first eighth and the last sixteenth of the blocks are left alone as in the paper; the others lose more, so that
-    the ratio over all is kept. Simplified: attention heads are left whole, and no LoRA follows."""
+    packs of persona data. The first eighth and the last sixteenth of the blocks are left alone as in the paper; the
+    others lose more, so that the ratio over all is kept. Simplified: attention heads are left whole, and no LoRA
+    follows."""
     found = weight_taylor(context.model, few(context.packs, context.seed), context.step)
     return slim_copy(context.model, between(found, ratio))
 
