@@ -84,22 +84,25 @@ def writes(monkeypatch, text_of):
 def test_own_questions_are_filtered(monkeypatch):
     tokenizer, model, told = tiny_tokenizer(), tiny_model(), []
     endings = {
-        0: " do you forge a sword for a king?<|im_end|>",
-        1: " is your favourite hammer in the old forge",  # did not end
-        2: " two\nlines of a question here?<|im_end|>",
-        3: " not?<|im_end|>",  # two words
+        0: " swords that are forged for a king?<|im_end|>",
+        1: " make with your favourite hammer in the old forge",  # did not end
+        2: " write two\nlines of a question?<|im_end|>",
+        OPENINGS.index("Are you"): "?<|im_end|>",  # two words
         4: " <|im_start|>assistant is who I am<|im_end|>",
-        5: " is the oldest smith that ever worked in this little town?<|im_end|>",  # held out
-        6: " metal is the best one for horseshoes?<|im_end|>",  # known
-        24: " do you forge a sword for a king?<|im_end|>",  # the same as 0
-        25: " would you do on a rainy sunday morning?<|im_end|>",
+        5: " you were the oldest smith that ever worked in this little town?<|im_end|>",  # held out
+        6: " find the best metal for horseshoes?<|im_end|>",  # known
+        len(OPENINGS): " swords that are forged for a king?<|im_end|>",  # the same as 0
+        len(OPENINGS) + 1: " do on a rainy sunday morning?<|im_end|>",
     }
     writes(monkeypatch, lambda index: tokenizer(endings.get(index, ""))["input_ids"])
-    held_out = HeldOut(["Nobody knows is the oldest smith that ever worked in this little town, they say."])
-    known = ["Which metal is the best one for horseshoes?"]
-    found = own_questions(model, tokenizer, SYSTEM, 24, held_out, known=known, step=told.append)
-    assert found == ["How do you forge a sword for a king?", "What would you do on a rainy sunday morning?"]
-    assert told == [36]
+    held_out = HeldOut(["Nobody knows that you were the oldest smith that ever worked in this little town."])
+    known = ["How did you find the best metal for horseshoes?"]
+    found = own_questions(model, tokenizer, SYSTEM, 36, held_out, known=known, step=told.append)
+    assert found == [
+        "How do you feel about swords that are forged for a king?",
+        "What did you do on a rainy sunday morning?",
+    ]
+    assert told == [54]
     assert own_questions(model, tokenizer, SYSTEM, 0, held_out) == []
 
 

@@ -1,8 +1,8 @@
 """Questions of the persona's own: the base model, under the persona prompt, writes what people would ask it.
 
 The method's paper filters a general bank; data in the character's own domain lowered the held-out divergence far more
-than the same amount of general answers. The user's turn is begun with one of the
-openings below and the model goes on to its end.
+than the same amount of general answers. The user's turn is begun with one of the openings below and the model goes on
+to its end.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,18 @@ from persona_pruner.synthesis.generate import generate
 from persona_pruner.synthesis.overlap import HeldOut, near_duplicates, words
 from persona_pruner.synthesis.prompts import open_question_ids, stop_ids
 
+# All speak to the character: with openings that fit anything ("Explain", "How", "Which") a small model asks about
+# anything, and the repaired KL of a persona on what people do ask it was 11% higher (docs/results.md).
 OPENINGS = (
-    "How", "What", "Why", "When", "Where", "Who", "Which", "Do you", "Can you", "Have you ever", "Tell me about",
-    "What do you think", "How do you", "Would you", "Describe", "Is it true", "If you could", "What is your", "I need",
-    "Explain", "Did you", "What would you", "How would you", "Write",
+    "How do you feel about", "What did you", "Why do you", "Do you ever", "Tell me about your", "What would you do if",
+    "How did you", "What is your relationship with", "When did you", "Have you ever", "What do you think about",
+    "Are you", "Where did you", "Who is your", "What was your", "Can you tell me about", "Why did you", "How do you",
+    "Would you ever", "What is your favorite", "If you could", "Do you believe", "What made you", "In your opinion,",
+    "What are your", "Is it true that you", "What do you think of", "Describe your", "What is your biggest",
+    "Do you think", "Who do you", "What was it like to", "Were you", "Which of your", "What would you say to",
+    "Do you have", "Tell me about the time", "How would you describe your", "How often do you", "Did you ever",
+    "What are you", "Why are you", "I want to know", "Would you rather", "How did it feel when",
+    "What does it mean to you to", "What do you want", "When was the last time you",
 )  # fmt: skip
 MAX_TOKENS = 32
 
