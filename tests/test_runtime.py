@@ -114,7 +114,8 @@ def test_the_fleet_says_what_generate_says(made):
     assert plain.use("transformers") == "transformers" and fast.use("auto") == "fleet" and fast.model is None
     for talk in talks:
         pieces = list(fast.stream(talk, 40, 0))
-        assert len(pieces) > 1 and "".join(pieces) == "".join(plain.stream(talk, 40, 0))
+        whole = "".join(plain.stream(talk, 40, 0)).rstrip("\ufffd")  # of a character cut off the fleet says nothing
+        assert len(pieces) > 1 and "".join(pieces).rstrip("\ufffd") == whole
     said = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
