@@ -5,7 +5,6 @@ so that a folder may be shared by sculpts of any kind; a lock lets one of severa
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -91,12 +90,12 @@ class Generic:
 
     def _value(self, name: str, key: str, make: Callable):
         name = f"{name}-{key[:16]}"
-        with self._alone(name):
+        with self.work.alone(name):
             return self.work.value(name, key, make)
 
     def _tensors(self, name: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         name = f"{name}-{key[:16]}"
-        with self._alone(name):
+        with self.work.alone(name):
             found = self.work.read_tensors(name, key)
             if found is None:
                 found = make()
@@ -105,15 +104,3 @@ class Generic:
 
     def _tensor(self, name: str, key: str, make: Callable[[], Tensor]) -> Tensor:
         return self._tensors(name, key, lambda: {name: make()})[name]
-
-    @contextmanager
-    def _alone(self, name: str):
-        """Within it no other process computes what has this name."""
-        lock = nullcontext()
-        if self.work.folder is not None:
-            from filelock import FileLock
-
-            self.work.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.work.folder / f"{name}.lock")
-        with lock:
-            yield

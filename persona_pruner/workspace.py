@@ -1,6 +1,7 @@
 """Stage artefacts on disk: what has been computed once for the same inputs is read, not computed again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -37,6 +38,18 @@ class Workspace:
             found = make()
             self.write(name, key, found)
         return found
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Within it no other process that asks for the same is at what has this name."""
+        if self.folder is None:
+            yield
+            return
+        from filelock import FileLock
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f"{name}.lock"):
+            yield
 
     def read_tensors(self, name: str, key: str) -> dict[str, Tensor] | None:
         """The tensors stored under this name for this key, or None."""

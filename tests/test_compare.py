@@ -15,9 +15,10 @@ from persona_pruner.material import Material
 from persona_pruner.packing import Example
 from persona_pruner.search.baselines import BASELINES, prune
 from persona_pruner.search.scores import Context
-from persona_pruner.study import compare as comparing
+from persona_pruner.study import cells as making
 from persona_pruner.study import measure, own
-from persona_pruner.study.compare import Clock, compare
+from persona_pruner.study.cells import Clock, Workers
+from persona_pruner.study.compare import compare
 from persona_pruner.study.fence import fenced, hashes
 from persona_pruner.study.plan import GROUPS, builds, chosen_methods, load_personas
 from persona_pruner.study.summary import headlines, kind_of, lines
@@ -173,9 +174,33 @@ def test_a_stopped_run_goes_on(folder, tmp_path):
     assert sum(note.startswith("[") for note in other.notes) == 3
 
 
+def test_workers_make_the_same_cells(folder, tmp_path):
+    people, methods = load_personas(folder), ["magnitude,persona-mask,persona-scores"]
+    base, progress = save_tiny(tmp_path / "base"), Recorder()
+    workers = Workers(2, (str(base), "cpu", "float32"))
+    result = go(tmp_path / "out", people, methods, progress=progress, workers=workers)
+    assert sorted(note[1] for note in progress.notes if note.startswith("[")) == list("12345")
+    assert (result["run"]["workers"], result["run"]["threads"]) == (2, workers.threads)
+    assert "2 processes of" in (tmp_path / "out" / "compare.md").read_text()
+    alone = go(tmp_path / "alone", people, methods)
+    assert [c["method"] for c in result["cells"]] == [c["method"] for c in alone["cells"]]
+    for one, other in zip(result["cells"], alone["cells"], strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-4)
+    again = Recorder()
+    go(tmp_path / "out", people, methods, progress=again)
+    assert not any(note.startswith("[") for note in again.notes)
+
+
+def test_a_worker_that_fails(folder, tmp_path):
+    people = load_personas(folder, 1)
+    workers = Workers(2, (str(tmp_path / "none"), "cpu", "float32"))
+    with pytest.raises(RunError, match="1 of 1 models were not made; magnitude"):
+        go(tmp_path / "out", people, ["magnitude"], workers=workers)
+
+
 def test_the_time_left(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(comparing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(making.time, "perf_counter", lambda: now[0])
     clock, now[0] = Clock(4), 120.0
     line = clock.line("wanda", 1.0)
     assert line.startswith("[1/4] wanda") and "KL  1.000" in line and "2.0 min, about 6 left" in line
@@ -232,7 +257,7 @@ def test_held_out_material_never_reaches_a_method(folder, tmp_path, monkeypatch)
     def of_examples(found):
         return [example.prompt + example.answer for example in found]
 
-    watch(comparing, "prune", lambda args: of_packs(args[1].packs))
+    watch(making, "prune", lambda args: of_packs(args[1].packs))
     watch(own, "channel_scores", lambda args: of_packs(args[1].packs))
     watch(own, "repair_", lambda args: of_packs(args[2]))
     watch(own.ste, "search", lambda args: of_examples(args[1]))

@@ -55,11 +55,15 @@ def compare(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = 0,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that make models side by side; they share the threads.")
+    ] = 1,
     as_json: Json = False,
 ):
     """Measure every pruning method on every persona at equal size: table, headline, plots."""
     from persona_pruner import report
     from persona_pruner.evaluation.judge import read_prompt
+    from persona_pruner.study.cells import Workers
     from persona_pruner.study.compare import compare as run
     from persona_pruner.study.plan import chosen_methods, load_personas
 
@@ -73,6 +77,8 @@ def compare(
     settings = parse_settings(set_)
     base, tokenizer, progress = load(model, device, dtype, hub)
     options = {"base": model, "judge": judge, "judge_prompt": prompt, "limit": limit, "progress": progress}
+    if workers > 1:
+        options["workers"] = Workers(workers, (model, device, dtype, hub))
     options["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
     result = run(base, tokenizer, people, out, wanted, shares, seeds, **options, **settings)
     if as_json:

@@ -68,7 +68,8 @@ def markdown(result: dict) -> str:
     """The tables and headlines as Markdown."""
     run, names = result["run"], _names(result["table"])
     out = [f"# {run['model']}: {len(run['personas'])} personas, {run['seeds']} seed(s)", ""]
-    out += [f"{_about(run)}, {run['threads']} thread(s).", ""]
+    crew = f"{run['workers']} processes of " if run["workers"] > 1 else ""
+    out += [f"{_about(run)}, {crew}{run['threads']} thread(s).", ""]
     for ratio in run["ratios"]:
         out += [f"## {percent(ratio)} of the FFN channels removed", ""]
         head = ["method", "calibration", *(COLUMNS[name][0] for name in names)]

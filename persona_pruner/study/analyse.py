@@ -30,7 +30,7 @@ from persona_pruner.search.baselines import prune
 from persona_pruner.search.masks import agreement, kept_width
 from persona_pruner.search.scores import Context
 from persona_pruner.study import own
-from persona_pruner.study.compare import Study
+from persona_pruner.study.cells import Study
 from persona_pruner.study.measure import machine
 from persona_pruner.synthesis.generate import generate
 from persona_pruner.synthesis.prompts import chat, encode, examples, render, stop_ids

@@ -49,15 +49,17 @@ class Search:
     def _kept(self, name: str, make: Callable[[], list[Tensor]], *depends: object) -> list[Tensor]:
         """A list of tensors by name, made or read; `depends` are the settings it comes from, beside the data."""
         key = files.digest([self.key, name, self.config.seed, self.config.budget, *depends])
-        stored = self.work.read_tensors(name, key)
-        if stored is None:
-            begun = time.perf_counter()
-            found = make()
-            took = torch.tensor(time.perf_counter() - begun, dtype=torch.float64)
-            stored = {str(i): t for i, t in enumerate(found)} | {"seconds": took}
-            self.work.write_tensors(name, key, stored)
-        elif name not in self.counted:
-            self.seconds += stored["seconds"].item()
+        begun = time.perf_counter()
+        with self.work.alone(name):
+            entered = time.perf_counter()
+            stored = self.work.read_tensors(name, key)
+            if stored is None:
+                found = make()
+                took = torch.tensor(time.perf_counter() - entered, dtype=torch.float64)
+                stored = {str(i): t for i, t in enumerate(found)} | {"seconds": took}
+                self.work.write_tensors(name, key, stored)
+            elif name not in self.counted:
+                self.seconds += stored["seconds"].item() - (entered - begun)  # another process made it meanwhile
         self.counted.add(name)
         device = self.model.get_input_embeddings().weight.device
         return [stored[str(i)].to(device) for i in range(len(stored) - 1)]
