@@ -39,6 +39,8 @@ class SculptConfig(BaseModel):
     budget: int = Field(1536, ge=64, description="tokens of a packed batch")
     repair: bool = True
     ridge: float = Field(0.1, gt=0)
+    recovery_steps: int = Field(0, ge=0, description="steps of KL to the dense model after the repair")
+    recovery: Literal["weights", "lora"] = Field("weights", description="what they train; lora needs the extra peft")
 
     neutral_texts: int = Field(16, ge=1, le=16, description="texts without the persona that every model is measured on")
     compare: bool = Field(True, description="measure the baselines and speeds too")
@@ -53,6 +55,8 @@ class SculptConfig(BaseModel):
             raise InputError(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         if not config.ratio and config.format != "packed":
             raise InputError("setting ratio: 0 removes nothing; with format packed two of every four weights go")
+        if config.format == "packed" and config.recovery_steps and config.recovery != "weights":
+            raise InputError("format packed needs recovery weights: LoRA would fill in the zeros of the pattern")
         if config.format == "packed" and config.scope != "layer":
             raise InputError("format packed needs scope layer: a checkpoint has one width for all layers")
         return config

@@ -13,7 +13,15 @@ from persona_pruner.packing import Example, pack
 from persona_pruner.search.repair import TOKENS
 from persona_pruner.search.scores import Context, channel_scores
 
-SCALED = ("own_questions", "bank_questions", "bank_candidates", "score_examples", "steps", "neutral_texts")
+SCALED = (
+    "own_questions",
+    "bank_questions",
+    "bank_candidates",
+    "score_examples",
+    "steps",
+    "recovery_steps",
+    "neutral_texts",
+)
 LEAST = {"neutral_texts": 4}  # fewer say little, whatever the time
 PASSAGES = 5  # neutral texts of the measured pass, a thousand tokens
 EIGHTHS = 8  # shares of the sizes are whole eighths, so that a noisy clock seldom gives another run
@@ -25,6 +33,7 @@ DRAFT = 34  # a question of its own
 CANDIDATE = 94  # a bank question's sensitivity
 ANSWER = 1.5  # times `answer_tokens`
 STEP = 1.14  # times the tokens of a search step: the dense model's logits are made anew
+RECOVERY = 2.4  # times the tokens of a recovery step, which takes slopes for weights and updates them: an estimate
 REFIT = 1.15  # times the tokens of an example
 TARGET = 0.4  # times the tokens of an example that gives no scores
 NEUTRAL = 70  # a neutral text: 170 tokens, forward alone
@@ -49,6 +58,7 @@ def tokens(config: SculptConfig, prompt: int) -> float:
         total += packed(scored, config.budget) + config.steps * config.budget * STEP
         total += TARGET * packed(examples - scored, config.budget) if config.steps else 0
     total += REFIT * packed(examples, TOKENS) if config.repair else 0
+    total += config.recovery_steps * config.budget * RECOVERY
     models, numbers = (ALL_MODELS, COMPARED) if config.compare else (MODELS, NUMBERS)
     return total + config.neutral_texts * NEUTRAL * models + numbers
 

@@ -31,7 +31,7 @@ from persona_pruner.packing import Example, evenly, pack
 from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import masks as choice
-from persona_pruner.search import ste
+from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
 from persona_pruner.search.layerwise import replace_weights_
 from persona_pruner.search.repair import TOKENS, repair_
@@ -102,7 +102,7 @@ def _search(
 
 
 def _cut(run: Run, masks: list[Tensor], calibration: list[Example]) -> nn.Module:
-    """The slim model, repaired; for format packed with two of every four weights, on the packed kernels."""
+    """The slim model, repaired and trained where asked for; for format packed 2:4, on the packed kernels."""
     slim, packs = slim_copy(run.model, masks), pack(calibration, TOKENS)
     packed = run.config.format == "packed"
     if run.config.repair:
@@ -112,9 +112,17 @@ def _cut(run: Run, masks: list[Tensor], calibration: list[Example]) -> nn.Module
     elif packed:
         with run.progress.stage("two of every four weights", len(masks)) as step:
             replace_weights_(slim, packs, two_four.wanda_weight, step=step)
+    if steps := run.config.recovery_steps:
+        options = {"budget": run.config.budget, "seed": run.config.seed + 1}
+        with run.progress.stage("recovery", steps) as step:
+            recovery.recover_(run.config.recovery, slim, run.model, calibration, steps, step=step, **options)
     if packed:
         sparsify_(slim)
     return slim
+
+
+def _recovered(config: SculptConfig) -> list[str]:
+    return ["recovery"] if config.recovery_steps else []
 
 
 def _row(name: str, how: str, found: metrics.Fidelity, neutral: float, masks: list[Tensor]) -> dict:
@@ -126,12 +134,14 @@ def _variants(run: Run, masks: list[Tensor], scores: list[Tensor], slim: nn.Modu
     """What `_measure` measures of ours, and the published 2:4 model where no channel goes."""
     config, model = run.config, run.model
     if not config.ratio:
-        variants = [("persona-pruner", "repair, 2:4" if config.repair else "2:4", masks, slim)]
+        variants = [
+            ("persona-pruner", ", ".join([*["repair"] * config.repair, *_recovered(config), "2:4"]), masks, slim)
+        ]
         if config.compare:
             variants.append((TWO_FOUR, "generic calibration", masks, run.generic.pruned(TWO_FOUR)))
         return variants
     found = "scores, search" if config.steps else "scores"
-    how = ", ".join([found, *["repair"] * config.repair, *["2:4"] * (config.format == "packed")])
+    how = ", ".join([found, *["repair"] * config.repair, *_recovered(config), *["2:4"] * (config.format == "packed")])
     variants = [("persona-pruner", how, masks, slim)]
     if how != found:
         variants.append((MASK_ONLY, found, masks, model))

@@ -55,7 +55,6 @@ def short(monkeypatch):
     monkeypatch.setattr(bank, "passages", lambda split: passages(split)[:2])
     monkeypatch.setattr(measure, "ANSWER_TOKENS", 8)
     monkeypatch.setattr(own, "RECOVERY_STEPS", 2)
-    monkeypatch.setattr(own, "DISTILL_STEPS", 2)
 
 
 def go(out, people, methods, **changes):
@@ -261,9 +260,9 @@ def test_held_out_material_never_reaches_a_method(folder, tmp_path, monkeypatch)
     watch(own, "channel_scores", lambda args: of_packs(args[1].packs))
     watch(own, "repair_", lambda args: of_packs(args[2]))
     watch(own.ste, "search", lambda args: of_examples(args[1]))
-    watch(own.recovery, "lora_", lambda args: of_examples(args[1]))
-    watch(own.recovery, "distill_", lambda args: of_examples(args[1]))
-    result = go(tmp_path / "out", people, ["wanda,persona,persona-recovered,persona-2:4,shared"])
+    watch(own.recovery, "lora_", lambda args: of_examples(args[2]))
+    watch(own.recovery, "distill_", lambda args: of_examples(args[2]))
+    result = go(tmp_path / "out", people, ["wanda,persona,persona-recovered,persona-2:4,shared"], recovery="lora")
     tokenizer = tiny_tokenizer()
     assert len(seen) > 20
     held = json.loads((tmp_path / "out" / "stages" / "specific_a-0" / "held_out.json").read_text())["value"]

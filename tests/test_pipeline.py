@@ -383,6 +383,19 @@ def test_two_of_four_alone(tmp_path):
         sculpt(tmp_path, ratio=0, scope="global")
 
 
+def test_recovery_follows_the_repair(tmp_path):
+    before = sculpt(tmp_path / "repaired").metrics["methods"][0]
+    result = sculpt(tmp_path / "trained", recovery_steps=3, progress=(progress := Recorder()))
+    assert progress.told["recovery"] == [1, 1, 1]
+    after = result.metrics["methods"][0]
+    assert after["how"] == "scores, search, repair, recovery" and after["kl"] != before["kl"]
+    packed = sculpt(tmp_path / "packed", format="packed", recovery_steps=3)
+    assert packed.metrics["methods"][0]["how"] == "scores, search, repair, recovery, 2:4"
+    assert len(packed_layers(packed.model)) == 21
+    with pytest.raises(InputError, match="packed needs recovery weights"):
+        sculpt(tmp_path / "lora", format="packed", recovery_steps=3, recovery="lora")
+
+
 def test_a_packed_checkpoint_without_repair_keeps_weights_as_they_are(tmp_path):
     result = sculpt(tmp_path, format="packed", repair=False)
     rows = {row["name"]: row for row in result.metrics["methods"]}

@@ -1,6 +1,7 @@
 """Recovery after the cut: a few steps of KL to the dense model on the persona's own data, by LoRA or on the weights.
 
-The targets are the dense model's final hidden states, as in the search; the head is shared and frozen.
+KL is taken at every token of a question and its answer, not at the answer's alone: the dense model says as much of the
+one as of the other, and a small set of examples goes further. The head is shared and frozen.
 """
 
 import math
@@ -8,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from persona_pruner.errors import InputError
 from persona_pruner.nn.sparse import block_linears
-from persona_pruner.packing import Example, answer_states
+from persona_pruner.packing import Example, hidden_states
 from persona_pruner.search.losses import divergence
 from persona_pruner.search.ste import batches
 
@@ -21,8 +22,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def _train(
     model: nn.Module,
+    dense: nn.Module,
     examples: Sequence[Example],
-    teacher: Sequence[Tensor],
     steps: int,
     budget: int,
     seed: int,
@@ -36,9 +37,12 @@ def _train(
     for number in range(steps):
         _, batch = next(stream)
         batch = batch.to(device)
-        loss = divergence(model, answer_states(model, batch), torch.cat([teacher[row] for row in batch.rows]))
-        (loss / len(batch.target)).backward()
-        losses.append(loss.item() / len(batch.target))
+        own = batch.segment > 0  # not the shared prompt
+        with torch.no_grad():
+            teacher = hidden_states(dense, batch).last_hidden_state[0, own]
+        loss = divergence(model, hidden_states(model, batch).last_hidden_state[0, own], teacher)
+        (loss / len(teacher)).backward()
+        losses.append(loss.item() / len(teacher))
         update(number)
         step(1)
     return losses
@@ -56,8 +60,8 @@ def _anneal(optimizer: torch.optim.Optimizer, lr: float, number: int, steps: int
 
 def lora_(
     model: nn.Module,
+    dense: nn.Module,
     examples: Sequence[Example],
-    teacher: Sequence[Tensor],
     steps: int,
     lr: float = 2e-3,
     rank: int = 8,
@@ -82,7 +86,7 @@ def lora_(
         optimizer.step()
         optimizer.zero_grad()
 
-    losses = _train(model, examples, teacher, steps, budget, seed, update, step)
+    losses = _train(model, dense, examples, steps, budget, seed, update, step)
     wrapped.merge_and_unload()
     model.requires_grad_(False)
     return losses
@@ -104,8 +108,8 @@ def _open(weights: Iterable[nn.Parameter]):
 
 def distill_(
     model: nn.Module,
+    dense: nn.Module,
     examples: Sequence[Example],
-    teacher: Sequence[Tensor],
     steps: int,
     lr: float = 1e-4,
     budget: int = 1536,
@@ -129,4 +133,9 @@ def distill_(
             for master, weight in zip(masters, weights, strict=True):
                 weight.copy_(master)
 
-        return _train(model, examples, teacher, steps, budget, seed, update, step)
+        return _train(model, dense, examples, steps, budget, seed, update, step)
+
+
+def recover_(way: str, *arguments, **options) -> list[float]:
+    """`distill_` where `way` is "weights", `lora_` where it is "lora"."""
+    return {"weights": distill_, "lora": lora_}[way](*arguments, **options)

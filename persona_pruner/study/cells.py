@@ -139,7 +139,10 @@ def _cell_key(study: Study, build: Build, target: int) -> str:
     elif build.calibration == "shared":
         parts += [study.data_key(n, build.seed) for n in range(len(study.names))]
     if build.method not in BASELINES:
-        parts.append([own.RECOVERY_STEPS, own.DISTILL_STEPS, repair.SHARE])
+        parts.append(repair.SHARE)
+    if build.method in own.TRAINED:
+        config = study.config(build.seed)
+        parts.append([own.RECOVERY_STEPS, config.recovery_steps, config.recovery])
     return files.digest(parts)
 
 

@@ -19,8 +19,7 @@ from persona_pruner.search.repair import TOKENS, repair_
 from persona_pruner.search.scores import Context, channel_scores, everything
 from persona_pruner.workspace import Workspace
 
-RECOVERY_STEPS = 24
-DISTILL_STEPS = 24
+RECOVERY_STEPS = 24  # where the setting recovery_steps is 0, sculpt's default
 
 
 class Search:
@@ -138,20 +137,22 @@ def _balanced(search: Search, ratio: float) -> nn.Module:
     return search.repaired(choice.choose(search.balanced_scores(), ratio, "global"), balanced=True)
 
 
+def _recover_(model: nn.Module, search: Search, way: str) -> nn.Module:
+    config = search.config
+    steps = config.recovery_steps or RECOVERY_STEPS
+    options = {"budget": config.budget, "seed": config.seed + 1}
+    recovery.recover_(way, model, search.model, search.examples, steps, **options)
+    return model
+
+
 def _recovered(search: Search, ratio: float) -> nn.Module:
-    model = wide(search, ratio)
-    options = {"budget": search.config.budget, "seed": search.config.seed + 1}
-    recovery.lora_(model, search.examples, search.teacher(), RECOVERY_STEPS, **options)
-    return model
+    return _recover_(wide(search, ratio), search, search.config.recovery)
 
 
-def _two_four(search: Search, masks: Sequence[Tensor], ffn_only: bool = False, distilled: bool = True) -> nn.Module:
-    """Two of every four weights of what the masks leave, repaired, then distilled."""
+def _two_four(search: Search, masks: Sequence[Tensor], ffn_only: bool = False, trained: bool = True) -> nn.Module:
+    """Two of every four weights of what the masks leave, repaired, then trained with their zeros kept."""
     model = search.repaired(masks, replace=two_four.sparsegpt_weight, ffn_only=ffn_only)
-    if distilled:
-        options = {"budget": search.config.budget, "seed": search.config.seed + 1}
-        recovery.distill_(model, search.examples, search.teacher(), DISTILL_STEPS, **options)
-    return model
+    return _recover_(model, search, "weights") if trained else model
 
 
 # Name, how it is made, what is said of it in tables.
@@ -174,15 +175,18 @@ OWN: dict[str, tuple[Method, str]] = {
         lambda search, ratio: _two_four(search, search.masks(ratio, "layer")),
         "the channels of persona, and two of every four of their weights as in persona-2:4",
     ),
-    "persona-recovered": (_recovered, f"persona-global, then {RECOVERY_STEPS} steps of LoRA on KL, merged"),
+    "persona-recovered": (
+        _recovered,
+        f"persona-global, then recovery_steps ({RECOVERY_STEPS}) of KL on the weights or by LoRA",
+    ),
 }
 OWN_24: dict[str, tuple[Method, str]] = {
     "persona-2:4": (
         lambda search, ratio: _two_four(search, everything(search.model)),
-        f"SparseGPT in the repair, then {DISTILL_STEPS} steps of KL on the kept weights; all block linears",
+        "SparseGPT in the repair, then KL on the kept weights as in persona-recovered; all block linears",
     ),
     "persona-2:4-repair": (
-        lambda search, ratio: _two_four(search, everything(search.model), distilled=False),
+        lambda search, ratio: _two_four(search, everything(search.model), trained=False),
         "the same without the steps",
     ),
     "persona-2:4-ffn": (
@@ -190,6 +194,7 @@ OWN_24: dict[str, tuple[Method, str]] = {
         "persona-2:4 on the FFN's linears only, which is half of its bytes like half of its channels",
     ),
 }
+TRAINED = ("persona-recovered", "persona-slim-2:4", "persona-2:4", "persona-2:4-ffn")
 SHARED = "shared"
 SHARED_HOW = "one mask and repair for all personas, from as much data: the counterpart of persona-scores"
 METHODS = OWN | OWN_24 | {SHARED: (unsearched, SHARED_HOW)}
