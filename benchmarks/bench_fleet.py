@@ -166,6 +166,13 @@ def memory(fleet, files) -> dict:
     return {"1000 characters, MB": grown / 1e6, "add, ms": 1e3 * statistics.median(times)}
 
 
+def arrange(fleet) -> float:
+    """Milliseconds to arrange the channels for the characters that are there."""
+    begun = time.perf_counter()
+    fleet.arrange()
+    return 1e3 * (time.perf_counter() - begun)
+
+
 def measure(kind, fleet, dense, prompt, threads, tokens, rounds) -> dict:
     """Tokens/s of every contestant."""
     names = [f"smith{index}" for index in range(CONVERSATIONS)]
@@ -214,6 +221,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arrange", action=argparse.BooleanOptionalAction, default=True, help="as `serve` does")
     parser.add_argument("--csv")
     parser.add_argument("--json")
     parser.add_argument("--llama", nargs=2, help=argparse.SUPPRESS)
@@ -234,6 +242,7 @@ def main(argv=None):
         for file in files:
             fleet.add(file.name, file)
         row = {"weights": kind, "threads": args.threads, "base, MB": fleet.decoder.nbytes / 1e6, **memory(fleet, files)}
+        row["arrange, ms"] = arrange(fleet) if args.arrange else None
         row |= measure(kind, fleet, dense, prompt, args.threads, args.tokens, args.rounds)
         for name, value in row.items():
             print(f"{kind}: {name}: {value:.1f}" if isinstance(value, float) else f"{kind}: {name}: {value}")

@@ -1,6 +1,7 @@
 """The fleet on tiny random models: the tokens of each request, however it is batched, cached, queued or cut off."""
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -81,6 +82,43 @@ def answers(fleet, requests, count, **sampling):
 
 def everyone(names=("anna", "bert", DENSE, "carl")):
     return [(name, question) for question in QUESTIONS for name in names]
+
+
+def stretches(fleet, name):
+    """How many pieces the channels of a character lie in, over all layers."""
+    channels, begin = fleet._characters._kept(fleet._characters[name])
+    return sum(1 + int((np.diff(channels[a:b]) > 1).sum()) for a, b in pairwise(begin))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arranged_channels_give_the_same_tokens(family, dtype):
+    one, requests = fleet(family, dtype), everyone()
+    before = answers(one, requests, 20)
+    scattered = {name: stretches(one, name) for name in files(family)}
+    rows = [{row.numpy().tobytes() for row in layer.channels} for layer in one.decoder.layers]
+    one.arrange()
+    assert all(stretches(one, name) < 0.8 * count for name, count in scattered.items())
+    assert rows == [{row.numpy().tobytes() for row in layer.channels} for layer in one.decoder.layers]
+    assert answers(one, requests, 20) == before
+    one.remove("carl")
+    one.add("dora", files(family)["carl"])
+    again = [("dora" if name == "carl" else name, question) for name, question in requests]
+    assert answers(one, again, 20) == before
+    one.arrange()
+    assert answers(one, again, 20) == before
+    for name in one.names():
+        one.remove(name)
+    one.arrange()  # nobody left: the order of the model
+    assert answers(one, [(DENSE, QUESTIONS[0])], 20) == [before[requests.index((DENSE, QUESTIONS[0]))]]
+
+
+def test_arranging_in_mid_answer():
+    one, found = fleet(), []
+    for event in one.stream([("anna", chat("", QUESTIONS[0]))], 20, temperature=0):
+        found.append(event.token)
+        one.arrange()
+    assert found == expected("llama", "anna", QUESTIONS[0], 20)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -34,6 +34,7 @@ class Characters:
 
     def __init__(self, widths: list[int], fingerprint: str, base: str, lists: int):
         self._widths, self._fingerprint, self._base, self._most = widths, fingerprint, base, lists
+        self._place = [np.arange(width) for width in widths]  # where the decoder has each channel
         self._residents = {DENSE: Resident(DENSE, widths=tuple(widths))}
         self._channels: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._grouped: tuple = ()  # (serials, where lists begin, their lengths, channels) of those last asked for
@@ -77,6 +78,25 @@ class Characters:
         self._channels.pop(old.serial, None)
         return old
 
+    def arrange(self) -> list[Tensor]:
+        """Plans for every layer that the channels which most characters keep come first, and gives what the decoder is
+        to do for it: at place i goes what is at moves[layer][i], int64 [C]."""
+        bits = [one.bits for one in self._residents.values() if one.bits is not None]
+        packed = np.frombuffer(b"".join(bits), np.uint8).reshape(
+            len(bits), sum(-(-width // 8) for width in self._widths)
+        )
+        moves, start = [], 0
+        for layer, width in enumerate(self._widths):
+            part = packed[:, start : start - (-width // 8)]
+            kept = np.unpackbits(part, axis=1, count=width, bitorder="little").sum(0, dtype=np.int64)
+            order = np.argsort(-kept, kind="stable")
+            moves.append(torch.from_numpy(self._place[layer][order]))
+            self._place[layer] = np.argsort(order)
+            start -= -width // 8
+        self._channels.clear()
+        self._grouped = self._last = ()
+        return moves
+
     def segments(self, rows: dict[Resident, int]) -> tuple[Tensor, Tensor]:
         """What subset_ffn needs for so many rows of each, in this order: the channels of all layers, int32, and for
         each layer the segments, int64 [layers, characters, 3]."""
@@ -108,7 +128,8 @@ class Characters:
                     continue
                 size = -(-width // 8)
                 packed = torch.frombuffer(bytearray(one.bits[start : start + size]), dtype=torch.uint8)
-                lists.append(unpack_bits(packed, width).nonzero()[:, 0].numpy().astype(np.int32))
+                places = self._place[len(lists)][unpack_bits(packed, width).numpy()]
+                lists.append(np.sort(places).astype(np.int32))
                 start += size
             self._channels[one.serial] = np.concatenate(lists), np.cumsum([0, *map(len, lists)])
         self._channels.move_to_end(one.serial)

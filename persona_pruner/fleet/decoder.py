@@ -6,7 +6,7 @@ ops: norm_linear (norm, q, k and v in one matrix), paged_attention_ (rotary embe
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,6 +74,7 @@ class Layer:
     gate: Matrix
     up: Matrix
     down_t: Matrix  # its bias is that of the output, [H]
+    channels: Tensor  # [C, 3, H]: the weights of the last three are views of it
     attention_norm: Tensor
     ffn_norm: Tensor
     q_norm: Tensor | None
@@ -175,13 +176,14 @@ class Decoder:
         ffn = [Matrix.of([p], self.dtype) for p in (mlp.gate_proj, mlp.up_proj)]
         ffn.append(Matrix.of([mlp.down_proj], self.dtype, transposed=True))
         # The three rows of a channel next to each other, as subset_ffn likes them.
-        rows = arena.copy(torch.stack([m.weight for m in ffn], 1)).unbind(1)
+        rows = arena.copy(torch.stack([m.weight for m in ffn], 1))
         ffn_norm = layer.pre_feedforward_layernorm if self._gemma else layer.post_attention_layernorm
         after = (layer.post_attention_layernorm, layer.post_feedforward_layernorm) if self._gemma else ()
         return Layer(
             Matrix.of([attention.q_proj, attention.k_proj, attention.v_proj], self.dtype).kept(arena),
             Matrix.of([attention.o_proj], self.dtype).kept(arena),
-            *(replace(m, weight=weight) for m, weight in zip(ffn, rows, strict=True)),
+            *(replace(m, weight=weight) for m, weight in zip(ffn, rows.unbind(1), strict=True)),
+            rows,
             self._norm(layer.input_layernorm),
             self._norm(ffn_norm),
             *(None if norm is None else self._norm(norm) for norm in qk),
@@ -219,6 +221,17 @@ class Decoder:
         shape = len(self.layers), blocks, self.kv_heads
         new = {"dtype": self.kv_dtype, "device": self.device}
         return torch.empty(*shape, self.head, BLOCK, **new), torch.empty(*shape, BLOCK, self.head, **new)
+
+    @torch.inference_mode()
+    def arrange(self, moves: Sequence[Tensor]) -> None:
+        """FFN channel i of a layer becomes what channel moves[layer][i] was, int64 [C]; in place."""
+        for layer, move in zip(self.layers, moves, strict=True):
+            move = move.to(self.device)
+            of_channels = [m.scales for m in (layer.gate, layer.up, layer.down_t)]
+            for tensor in (layer.channels, *of_channels, layer.gate.bias, layer.up.bias):
+                if tensor is not None:
+                    tensor.copy_(tensor[move])
+        self._steps.clear()
 
     @torch.inference_mode()
     def forward(self, batch: Batch, keys: Tensor, values: Tensor) -> Tensor:

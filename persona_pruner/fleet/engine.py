@@ -103,6 +103,13 @@ class Fleet:
         """The characters, in the order in which they came; without the dense base model."""
         return self._characters.names()
 
+    def arrange(self) -> None:
+        """Puts the FFN channels that most characters keep next to each other, so that a character's are read in longer
+        stretches (docs/fleet.md). To be called when characters have been added, between two steps at any time; it takes
+        the time of copying the FFN weights once. Sums are taken in another order afterwards: an answer may differ from
+        one before as it does on another machine."""
+        self.decoder.arrange(self._characters.arrange())
+
     def info(self, name: str) -> dict:
         """What is known of a character: bytes in memory, kept channels by layer, their share, prompt, greeting."""
         one = self._characters[name]

@@ -99,6 +99,7 @@ def create_app(
         engine.start()
         if watcher:
             await asyncio.to_thread(watcher.scan)
+            await asyncio.to_thread(engine.arrange)
             watcher.start()
         getattr(app.state, "ready", lambda: None)()
         yield

@@ -188,6 +188,10 @@ class Engine:
         self.characters = {key: value for key, value in self.characters.items() if key != name}
         self._call(lambda: self._fleet.remove(name))
 
+    def arrange(self) -> None:
+        """`Fleet.arrange`, for the characters that there are."""
+        self._call(self._fleet.arrange)
+
     def _call(self, function: Callable):
         """What the function returns when the fleet's thread calls it."""
         done, found = threading.Event(), []
