@@ -18,6 +18,7 @@ import torch
 
 from persona_pruner import ops
 from persona_pruner.benchmarks import common
+from persona_pruner.fleet.characters import popular_first
 from persona_pruner.fleet.memory import Arena
 
 WIDTH, HIDDEN, KEPT = 1536, 576, 768
@@ -53,8 +54,8 @@ def arranged():
     generator = torch.Generator().manual_seed(2)
     scores = torch.randn(WIDTH, generator=generator) + 0.43 * torch.randn(16, WIDTH, generator=generator)
     kept = torch.zeros(16, WIDTH, dtype=torch.bool).scatter_(1, scores.topk(KEPT).indices, True)
-    place = kept.sum(0).argsort(descending=True, stable=True).argsort()
-    return place[kept[0]].sort().values.int()
+    place = popular_first(kept.sum(0).numpy()).argsort()
+    return torch.from_numpy(place[kept[0].numpy()]).sort().values.int()
 
 
 def measure(kind, rows, size, budget):

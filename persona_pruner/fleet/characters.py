@@ -11,7 +11,15 @@ from persona_pruner.errors import InputError
 from persona_pruner.fleet.blocks import new_serial
 from persona_pruner.formats.persona_file import PersonaFile, pack_bits, unpack_bits
 
+PARTS = 8  # ranges that subset_ffn cuts the channels of a layer into, for threads and far streams (kParts)
 DENSE = ""  # the name of the base model itself: all channels, no prompt
+
+
+def popular_first(kept: np.ndarray) -> np.ndarray:
+    """int64 [C]: an order of the channels in which those with the highest number in `kept`, int64 [C], come first in
+    each of PARTS ranges that have as much of everything."""
+    order = np.argsort(-kept, kind="stable")
+    return np.concatenate([order[part::PARTS] for part in range(PARTS)])
 
 
 @dataclass(eq=False)
@@ -79,8 +87,8 @@ class Characters:
         return old
 
     def arrange(self) -> list[Tensor]:
-        """Plans for every layer that the channels which most characters keep come first, and gives what the decoder is
-        to do for it: at place i goes what is at moves[layer][i], int64 [C]."""
+        """Plans the order of every layer's channels anew and gives what the decoder is to do: at place i goes what is at
+        moves[layer][i], int64 [C]."""
         bits = [one.bits for one in self._residents.values() if one.bits is not None]
         packed = np.frombuffer(b"".join(bits), np.uint8).reshape(
             len(bits), sum(-(-width // 8) for width in self._widths)
@@ -89,7 +97,7 @@ class Characters:
         for layer, width in enumerate(self._widths):
             part = packed[:, start : start - (-width // 8)]
             kept = np.unpackbits(part, axis=1, count=width, bitorder="little").sum(0, dtype=np.int64)
-            order = np.argsort(-kept, kind="stable")
+            order = popular_first(kept)
             moves.append(torch.from_numpy(self._place[layer][order]))
             self._place[layer] = np.argsort(order)
             start -= -width // 8
