@@ -87,8 +87,8 @@ class Characters:
         return old
 
     def arrange(self) -> list[Tensor]:
-        """Plans the order of every layer's channels anew and gives what the decoder is to do: at place i goes what is at
-        moves[layer][i], int64 [C]."""
+        """Plans the order of every layer's channels anew and says what the decoder is to do: at place i goes what is
+        at moves[layer][i], int64 [C]."""
         bits = [one.bits for one in self._residents.values() if one.bits is not None]
         packed = np.frombuffer(b"".join(bits), np.uint8).reshape(
             len(bits), sum(-(-width // 8) for width in self._widths)
