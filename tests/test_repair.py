@@ -1,6 +1,7 @@
 """Block-by-block repair: its formula on the last block, what it does to held-out answers, and what it leaves alone."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from persona_pruner.prefix_attention import prefix_attention
 from persona_pruner.search.baselines import prune, two_four
 from persona_pruner.search.layerwise import block_inputs, run_block
 from persona_pruner.search.masks import top_k_per_layer
-from persona_pruner.search.repair import PROMPT_WEIGHT, repair_, ridge_solve
+from persona_pruner.search.repair import PROMPT_WEIGHT, TILT, repair_, ridge_solve, tilted
 from persona_pruner.search.scores import Context, input_sqnorms
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
 
@@ -231,3 +232,11 @@ def test_ridge_solve_is_least_squares():
     torch.testing.assert_close(ridge_solve(y.T @ a, a.T @ a, weight, 0.3).double(), want, rtol=1e-4, atol=1e-4)
     silent = torch.zeros(24, 24)  # channels that never fired: weights stay
     torch.testing.assert_close(ridge_solve(torch.zeros(10, 24), silent, weight, 0.1), weight)
+
+
+def test_later_blocks_are_favoured():
+    scores = [torch.tensor([1.0, 2.0]) for _ in range(5)]
+    found = tilted(scores)
+    assert torch.equal(found[2], scores[2])
+    assert (found[4] / found[0]).tolist() == pytest.approx([math.exp(TILT)] * 2)
+    assert torch.equal(tilted(scores[:1])[0], scores[0] * math.exp(-TILT / 2))

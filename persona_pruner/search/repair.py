@@ -14,6 +14,7 @@ For weights that keep to a pattern (2:4), `replace(W', A^T A)` gives those of th
 of A^T A, as SparseGPT does; the linears that read the stream go through it before the one that writes is fitted.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,18 @@ from persona_pruner.prefix_attention import prefix_attention
 from persona_pruner.search.layerwise import Grams, Replace, block_inputs, run_block
 
 SHARE = 0.5  # blacksmith, 25%, 190 answers: held-out KL 0.221; W_down alone by dense inputs 0.255; 1 gave 0.231
+TILT = (
+    0.65  # three personas, 25%, 160 answers: KL on others of their own questions 3% to 5% below 0's (docs/results.md)
+)
 TOKENS = 6144  # of a pack: nothing is held for a gradient here, and every pack computes the prompt anew
 PROMPT_WEIGHT = 0.02  # of a shared-prefix token: it stands in every pack, and answers are what must stay right
+
+
+def tilted(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores by which channels compete over layers where a repair follows: a block's count exp(TILT * (d - 1/2)), d from
+    0 in the first block to 1 in the last. What an early block loses is partly won back by all behind it."""
+    last = max(len(scores) - 1, 1)
+    return [layer * math.exp(TILT * (number / last - 0.5)) for number, layer in enumerate(scores)]
 
 
 def prompt_weights(batch: Pack) -> Tensor:

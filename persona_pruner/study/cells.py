@@ -139,7 +139,7 @@ def _cell_key(study: Study, build: Build, target: int) -> str:
     elif build.calibration == "shared":
         parts += [study.data_key(n, build.seed) for n in range(len(study.names))]
     if build.method not in BASELINES:
-        parts.append(repair.SHARE)
+        parts.append([repair.SHARE, repair.TILT])
     if build.method in own.TRAINED:
         config = study.config(build.seed)
         parts.append([own.RECOVERY_STEPS, config.recovery_steps, config.recovery])

@@ -15,7 +15,7 @@ from persona_pruner.search import masks as choice
 from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
 from persona_pruner.search.baselines.channels import moments
-from persona_pruner.search.repair import TOKENS, repair_
+from persona_pruner.search.repair import TOKENS, repair_, tilted
 from persona_pruner.search.scores import Context, channel_scores, everything
 from persona_pruner.workspace import Workspace
 
@@ -133,8 +133,12 @@ sculpted, wide = _repaired("layer"), _repaired("global")
 unsearched = _repaired("layer", searched=False)
 
 
+def _tilted(search: Search, ratio: float) -> nn.Module:
+    return search.repaired(choice.choose(tilted(search.scores()), ratio, "global"))
+
+
 def _balanced(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(choice.choose(search.balanced_scores(), ratio, "global"), balanced=True)
+    return search.repaired(choice.choose(tilted(search.balanced_scores()), ratio, "global"), balanced=True)
 
 
 def _recover_(model: nn.Module, search: Search, way: str) -> nn.Module:
@@ -146,7 +150,7 @@ def _recover_(model: nn.Module, search: Search, way: str) -> nn.Module:
 
 
 def _recovered(search: Search, ratio: float) -> nn.Module:
-    return _recover_(wide(search, ratio), search, search.config.recovery)
+    return _recover_(_tilted(search, ratio), search, search.config.recovery)
 
 
 def _two_four(search: Search, masks: Sequence[Tensor], ffn_only: bool = False, trained: bool = True) -> nn.Module:
@@ -167,8 +171,8 @@ OWN: dict[str, tuple[Method, str]] = {
         "weights untouched, and FLAP's bias for what was dropped, which the search knows of",
     ),
     "persona-global-scores": (
-        _repaired("global", searched=False),
-        "scores and repair without search, widths free: a control",
+        _tilted,
+        "scores, later blocks favoured, and repair; no search, widths free",
     ),
     "persona-balanced": (_balanced, "persona-global-scores with neutral prose among the data of scores and repair"),
     "persona-slim-2:4": (
@@ -177,7 +181,7 @@ OWN: dict[str, tuple[Method, str]] = {
     ),
     "persona-recovered": (
         _recovered,
-        f"persona-global, then recovery_steps ({RECOVERY_STEPS}) of KL on the weights or by LoRA",
+        f"persona-global-scores, then recovery_steps ({RECOVERY_STEPS}) of KL on the weights or by LoRA",
     ),
 }
 OWN_24: dict[str, tuple[Method, str]] = {
