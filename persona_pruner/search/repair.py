@@ -37,8 +37,8 @@ PROMPT_WEIGHT = 0.02  # of a shared-prefix token: it stands in every pack, and a
 
 
 def tilted(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Scores by which channels compete over layers where a repair follows: a block's count exp(TILT * (d - 1/2)), with d
-    from 0 in the first block to 1 in the last. What an early block loses is partly won back by all behind it."""
+    """Scores by which channels compete over layers where a repair follows: a block's count exp(TILT * (d - 1/2)), d
+    going from 0 in the first block to 1 in the last. What an early block loses is partly won back by all behind it."""
     last = max(len(scores) - 1, 1)
     return [layer * math.exp(TILT * (number / last - 0.5)) for number, layer in enumerate(scores)]
 
