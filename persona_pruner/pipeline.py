@@ -134,9 +134,8 @@ def _variants(run: Run, masks: list[Tensor], scores: list[Tensor], slim: nn.Modu
     """What `_measure` measures of ours, and the published 2:4 model where no channel goes."""
     config, model = run.config, run.model
     if not config.ratio:
-        variants = [
-            ("persona-pruner", ", ".join([*["repair"] * config.repair, *_recovered(config), "2:4"]), masks, slim)
-        ]
+        how = ", ".join([*["repair"] * config.repair, *_recovered(config), "2:4"])
+        variants = [("persona-pruner", how, masks, slim)]
         if config.compare:
             variants.append((TWO_FOUR, "generic calibration", masks, run.generic.pruned(TWO_FOUR)))
         return variants

@@ -111,7 +111,7 @@ def test_arranged_channels_give_the_same_tokens(family, dtype):
     assert answers(one, again, 20) == before
     for name in one.names():
         one.remove(name)
-    one.arrange()  # nobody left: the order of the model
+    one.arrange()  # nobody left
     assert answers(one, [(DENSE, QUESTIONS[0])], 20) == [before[requests.index((DENSE, QUESTIONS[0]))]]
 
 
