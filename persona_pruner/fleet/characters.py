@@ -90,17 +90,14 @@ class Characters:
         """Plans the order of every layer's channels anew and says what the decoder is to do: at place i goes what is
         at moves[layer][i], int64 [C]."""
         bits = [one.bits for one in self._residents.values() if one.bits is not None]
-        packed = np.frombuffer(b"".join(bits), np.uint8).reshape(
-            len(bits), sum(-(-width // 8) for width in self._widths)
-        )
-        moves, start = [], 0
-        for layer, width in enumerate(self._widths):
-            part = packed[:, start : start - (-width // 8)]
+        sizes = [-(-width // 8) for width in self._widths]
+        packed = np.frombuffer(b"".join(bits), np.uint8).reshape(len(bits), sum(sizes))
+        layers, moves = np.split(packed, np.cumsum(sizes)[:-1], axis=1), []
+        for layer, (part, width) in enumerate(zip(layers, self._widths, strict=True)):
             kept = np.unpackbits(part, axis=1, count=width, bitorder="little").sum(0, dtype=np.int64)
             order = popular_first(kept)
             moves.append(torch.from_numpy(self._place[layer][order]))
             self._place[layer] = np.argsort(order)
-            start -= -width // 8
         self._channels.clear()
         self._grouped = self._last = ()
         return moves

@@ -170,10 +170,7 @@ OWN: dict[str, tuple[Method, str]] = {
         _biased,
         "weights untouched, and FLAP's bias for what was dropped, which the search knows of",
     ),
-    "persona-global-scores": (
-        _tilted,
-        "scores, later blocks favoured, and repair; no search, widths free",
-    ),
+    "persona-global-scores": (_tilted, "scores, later blocks favoured, and repair; no search, widths free"),
     "persona-balanced": (_balanced, "persona-global-scores with neutral prose among the data of scores and repair"),
     "persona-slim-2:4": (
         lambda search, ratio: _two_four(search, search.masks(ratio, "layer")),
