@@ -8,6 +8,7 @@ worker included, is tried again.
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -107,10 +108,19 @@ class _Serial:
     def close(self, interrupted: bool) -> None: ...
 
 
+def _end_with_parent() -> None:
+    """Waits for the end of the parent process, however it came, and ends this one."""
+    import multiprocessing
+
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _serve(work: Work, pipe) -> None:
     """A worker process: tasks come and outcomes go through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half-written is removed
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(KeyboardInterrupt, EOFError, OSError):
         while True:
             index, task = pipe.recv()

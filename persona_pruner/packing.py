@@ -7,7 +7,7 @@ positions continue from the prefix. No padding. [prefix | example 1 | example 2 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,8 @@ def evenly(count: int, most: int) -> list[int]:
 def pack(examples: Sequence[Example], budget: int = 1024, order: Sequence[int] | None = None) -> list[Pack]:
     """Packs of at most `budget` tokens each (one example more than fits is never cut: it gets its own pack).
 
-    `order` is the order in which examples are taken; all in turn by default. The packs of several groups take turns.
+    `order` is the order in which examples are taken; all in turn by default. The packs of several groups are spread
+    evenly over the whole.
     Raises ValueError on an empty prompt.
     """
     if any(not example.prompt for example in examples):
@@ -83,8 +84,11 @@ def pack(examples: Sequence[Example], budget: int = 1024, order: Sequence[int] |
     groups: dict[int, list[int]] = {}
     for row in range(len(examples)) if order is None else order:
         groups.setdefault(examples[row].group, []).append(row)
-    turns = zip_longest(*(_pack_group(examples, group, rows, budget) for group, rows in groups.items()))
-    return [batch for packs in turns for batch in packs if batch is not None]
+    turns = []
+    for group, rows in groups.items():
+        packs = _pack_group(examples, group, rows, budget)
+        turns += [((place + 0.5) / len(packs), batch) for place, batch in enumerate(packs)]
+    return [batch for _, batch in sorted(turns, key=itemgetter(0))]
 
 
 def _pack_group(examples: Sequence[Example], group: int, order: Sequence[int], budget: int) -> list[Pack]:

@@ -1,6 +1,9 @@
 """One loop, three engines: outcomes in order, what is tried again, sudden death, an interrupt."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -92,6 +95,38 @@ def test_an_interrupt_lets_workers_clean_up(name, tmp_path, request):
     assert (tmp_path / "cleaned").exists() and time.monotonic() - watch.began < 50
     if name == "process":
         assert threading.active_count() == before
+
+
+STARTER = """
+import sys
+from jobs import Work
+from persona_pruner import executors
+
+class Telling(executors.Watch):
+    def said(self, index, text):
+        print(text, flush=True)
+
+if __name__ == "__main__":
+    executors.run("process", Work(sys.argv[1]), ["sleep 1"], watch=Telling())
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_started_them(how, tmp_path):
+    (tmp_path / "starter.py").write_text(STARTER)
+    command = [sys.executable, "-P", str(tmp_path / "starter.py"), str(tmp_path / "log")]
+    paths = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True
+    ) as starter:
+        try:
+            assert "asleep\n" in iter(starter.stdout.readline, "")
+        finally:
+            starter.send_signal(how)
+    end = time.monotonic() + 50
+    while not (tmp_path / "cleaned").exists():
+        assert time.monotonic() < end, "the worker goes on"
+        time.sleep(0.05)
 
 
 def test_nothing_to_do_and_what_is_refused(tmp_path):

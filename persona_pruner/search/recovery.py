@@ -121,7 +121,7 @@ def distill_(
     with _open(linear.weight for linear in block_linears(model).values()) as weights:
         kept = [weight.detach() != 0 for weight in weights]
         masters = [weight.detach().float() for weight in weights]
-        optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
         @torch.no_grad()
         def update(number: int) -> None:

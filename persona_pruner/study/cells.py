@@ -86,11 +86,16 @@ class Study:
         work = Workspace(self.folder / "stages" / f"{self.names[number]}-{seed}")
         examples = self.material(number, seed).calibration
         key = self.data_key(number, seed, ())
-        return own.Search(self.model, examples, self.config(seed), work, key, neutral=self.generic())
+        neutral = [Example(ids[:1], ids[1:], group=-1) for ids in self.neutral()]
+        return own.Search(self.model, examples, self.config(seed), work, key, neutral)
+
+    def neutral(self) -> list[list[int]]:
+        """Token ids of the package's neutral prose."""
+        return [encode(self.tokenizer, text) for text in bank.passages("calibration")]
 
     def generic(self) -> list[Pack]:
-        """The package's neutral prose: what published methods are calibrated on."""
-        return text_packs([encode(self.tokenizer, text) for text in bank.passages("calibration")])
+        """What published methods are calibrated on: the neutral prose."""
+        return text_packs(self.neutral())
 
     def shared(self, seed: int) -> own.Search:
         """What `search` gives, on examples of all personas together, as many as one of them has."""
@@ -139,7 +144,7 @@ def _cell_key(study: Study, build: Build, target: int) -> str:
     elif build.calibration == "shared":
         parts += [study.data_key(n, build.seed) for n in range(len(study.names))]
     if build.method not in BASELINES:
-        parts.append([repair.SHARE, repair.TILT])
+        parts.append([repair.SHARE, repair.TILT, own.NEUTRAL])
     if build.method in own.TRAINED:
         config = study.config(build.seed)
         parts.append([own.RECOVERY_STEPS, config.recovery_steps, config.recovery])

@@ -20,13 +20,16 @@ from persona_pruner.search.scores import Context, channel_scores, everything
 from persona_pruner.workspace import Workspace
 
 RECOVERY_STEPS = 24  # where the setting recovery_steps is 0, sculpt's default
+# Neutral tokens count so many for each of the persona's in balanced scores: what they are at sculpt's default sizes,
+# where the slice then loses less on neutral text than FLAP's and no more of the persona (docs/results.md).
+NEUTRAL = 0.4
 
 
 class Search:
     """What the slices of one persona and one seed share: scores, dense targets, searched masks. Each is made once and
     kept in `work` under `key` (of model and data) and its own settings; `seconds` sums what it took to make those that
-    were read and not made anew. `neutral` is prose without the persona, for the slices that are to stay good at other
-    things too."""
+    were read and not made anew. `neutral` is prose without the persona, in a group of its own, for the slices that are
+    to stay good at other things too."""
 
     def __init__(
         self,
@@ -35,7 +38,7 @@ class Search:
         config: SculptConfig,
         work: Workspace,
         key: str,
-        neutral: Sequence[Pack] = (),
+        neutral: Sequence[Example] = (),
     ):
         self.model, self.examples, self.config, self.work, self.key = model, examples, config, work, key
         self.packs = pack(examples, TOKENS)
@@ -71,13 +74,15 @@ class Search:
         return self._kept(f"scores-{self.config.start}", make, self.config.score_examples)
 
     def balanced_scores(self) -> list[Tensor]:
-        """The scores plus those of the neutral prose: sums over the tokens of both."""
+        """The scores plus those of the neutral prose, which count NEUTRAL times as much as the persona's tokens."""
+        packs = pack(self.neutral, self.config.budget)
 
         def make() -> list[Tensor]:
-            return channel_scores(self.config.start, Context(self.model, self.neutral, self.config.seed))
+            return channel_scores(self.config.start, Context(self.model, packs, self.config.seed))
 
         neutral = self._kept(f"scores-{self.config.start}-neutral", make)
-        return [own + other for own, other in zip(self.scores(), neutral, strict=True)]
+        share = NEUTRAL * _predicted(self.score_packs) / _predicted(packs)
+        return [own + share * other for own, other in zip(self.scores(), neutral, strict=True)]
 
     def means(self) -> list[Tensor]:
         """Mean of every channel over the tokens that scores are taken from."""
@@ -109,8 +114,12 @@ class Search:
 
     def repaired(self, masks: Sequence[Tensor], balanced: bool = False, **options) -> nn.Module:
         """A cut and repaired copy; `options` are those of `repair_`."""
-        packs = [*self.packs, *self.neutral] if balanced else self.packs
+        packs = [*self.packs, *pack(self.neutral, TOKENS)] if balanced else self.packs
         return repair_(slim_copy(self.model, masks), self.model, packs, self.config.ridge, **options)
+
+
+def _predicted(packs: Sequence[Pack]) -> int:
+    return sum(len(batch.predict) for batch in packs)
 
 
 Method = Callable[[Search, float], nn.Module]
@@ -141,16 +150,16 @@ def _balanced(search: Search, ratio: float) -> nn.Module:
     return search.repaired(choice.choose(tilted(search.balanced_scores()), ratio, "global"), balanced=True)
 
 
-def _recover_(model: nn.Module, search: Search, way: str) -> nn.Module:
+def _recover_(model: nn.Module, search: Search, way: str, neutral: Sequence[Example] = ()) -> nn.Module:
     config = search.config
     steps = config.recovery_steps or RECOVERY_STEPS
     options = {"budget": config.budget, "seed": config.seed + 1}
-    recovery.recover_(way, model, search.model, search.examples, steps, **options)
+    recovery.recover_(way, model, search.model, [*search.examples, *neutral], steps, **options)
     return model
 
 
 def _recovered(search: Search, ratio: float) -> nn.Module:
-    return _recover_(_tilted(search, ratio), search, search.config.recovery)
+    return _recover_(_balanced(search, ratio), search, search.config.recovery, search.neutral)
 
 
 def _two_four(search: Search, masks: Sequence[Tensor], ffn_only: bool = False, trained: bool = True) -> nn.Module:
@@ -178,7 +187,7 @@ OWN: dict[str, tuple[Method, str]] = {
     ),
     "persona-recovered": (
         _recovered,
-        f"persona-global-scores, then recovery_steps ({RECOVERY_STEPS}) of KL on the weights or by LoRA",
+        f"persona-balanced, then recovery_steps ({RECOVERY_STEPS}) of KL on the weights or by LoRA, on the same data",
     ),
 }
 OWN_24: dict[str, tuple[Method, str]] = {
