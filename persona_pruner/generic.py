@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from persona_pruner import files
 from persona_pruner.evaluation import metrics
 from persona_pruner.nn import masked
-from persona_pruner.packing import text_packs
+from persona_pruner.packing import Example, Pack, pack, text_examples, text_packs
 from persona_pruner.search import masks as choice
 from persona_pruner.search.baselines import prune
-from persona_pruner.search.scores import Context, channel_scores
+from persona_pruner.search.scores import Context, balanced, channel_scores
 from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.prompts import encode, prompt_ids
 from persona_pruner.synthesis.sensitivity import REFERENCE_SYSTEMS, reference_directions
@@ -83,6 +83,25 @@ class Generic:
                 return self.neutral_nll_of(self.model, texts)
 
         return masks, self._value(f"neutral-{name}", files.digest([key, ratio, self._neutral[:texts]]), nll)
+
+    def examples(self, count: int) -> list[Example]:
+        """The first `count` texts that baselines are calibrated on, to be mixed with a persona's examples."""
+        return text_examples(self.calibration[:count])
+
+    def balanced(
+        self, own: Sequence[Tensor], packs: Sequence[Pack], method: str, count: int, budget: int, seed: int
+    ) -> list[Tensor]:
+        """`scores.balanced` of a persona's scores by `method` and those of the first `count` texts."""
+        neutral = pack(self.examples(count), budget)
+        key = files.digest([self.root, method, budget, seed, self.calibration[:count]])
+
+        def make() -> dict[str, Tensor]:
+            found = channel_scores(method, Context(self.model, neutral, seed))
+            return {str(layer): score for layer, score in enumerate(found)}
+
+        stored = self._tensors(f"scores-{method}", key, make)
+        scores = [stored[str(layer)].to(score.device) for layer, score in enumerate(own)]
+        return balanced(own, packs, scores, neutral)
 
     def pruned(self, name: str) -> nn.Module:
         """A copy pruned by one of `search.baselines` that has one ratio, on generic calibration text; never stored."""

@@ -21,8 +21,9 @@ SCALED = (
     "steps",
     "recovery_steps",
     "neutral_texts",
+    "neutral_examples",
 )
-LEAST = {"neutral_texts": 4}  # fewer say little, whatever the time
+LEAST = {"neutral_texts": 4, "neutral_examples": 4}  # fewer say little, whatever the time
 PASSAGES = 5  # neutral texts of the measured pass, a thousand tokens
 EIGHTHS = 8  # shares of the sizes are whole eighths, so that a noisy clock seldom gives another run
 # What stages of the demo took, in tokens passed forward and backward in the same time. The same to a quarter on an
@@ -36,6 +37,7 @@ STEP = 1.14  # times the tokens of a search step: the dense model's logits are m
 RECOVERY = 2.4  # times the tokens of a recovery step, which takes slopes for weights and updates them: an estimate
 REFIT = 1.15  # times the tokens of an example
 TARGET = 0.4  # times the tokens of an example that gives no scores
+PASSAGE = 190  # tokens of a neutral text among the data
 NEUTRAL = 70  # a neutral text: 170 tokens, forward alone
 NUMBERS, COMPARED = 14_000, 32_000  # what else is measured and said in the end, without and with baselines
 MODELS, ALL_MODELS = 3, 8  # that see the neutral texts, without and with baselines
@@ -58,6 +60,7 @@ def tokens(config: SculptConfig, prompt: int) -> float:
         total += packed(scored, config.budget) + config.steps * config.budget * STEP
         total += TARGET * packed(examples - scored, config.budget) if config.steps else 0
     total += REFIT * packed(examples, TOKENS) if config.repair else 0
+    total += config.neutral_examples * PASSAGE * ((config.ratio > 0) + REFIT * config.repair)
     total += config.recovery_steps * config.budget * RECOVERY
     models, numbers = (ALL_MODELS, COMPARED) if config.compare else (MODELS, NUMBERS)
     return total + config.neutral_texts * NEUTRAL * models + numbers

@@ -104,6 +104,12 @@ def _pack_group(examples: Sequence[Example], group: int, order: Sequence[int], b
     return [*packs, _pack([examples[r] for r in rows], rows, prefix)]
 
 
+def text_examples(sequences: Sequence[list[int]]) -> list[Example]:
+    """Plain texts as examples to be mixed with a persona's: in a group of their own, every token after the first
+    predicted."""
+    return [Example(ids[:1], ids[1:], group=-1) for ids in sequences if len(ids) > 1]
+
+
 def text_packs(sequences: Sequence[list[int]]) -> list[Pack]:
     """One pack for each plain text, every token after the first predicted."""
     return [_pack([Example(ids[:1], ids[1:])], [row], 0) for row, ids in enumerate(sequences) if len(ids) > 1]

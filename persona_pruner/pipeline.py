@@ -64,13 +64,17 @@ def _scores(run: Run, calibration: list[Example], before: str) -> tuple[list[Ten
     key = files.digest([before, run.settings("start", "score_examples", "seed", "budget")])
     device = run.model.get_input_embeddings().weight.device
     stored, targets = run.work.read_tensors("scores", key), ste.Targets(calibration)
+    packs = pack(calibration, config.budget, evenly(len(calibration), config.score_examples))
     if stored is None:
-        packs = pack(calibration, config.budget, evenly(len(calibration), config.score_examples))
         with run.progress.stage(f"channel scores ({config.start})", len(packs)) as step:
             found = channel_scores(config.start, Context(run.model, packs, config.seed, step, targets.add))
         stored = {str(layer): score for layer, score in enumerate(found)}
         run.work.write_tensors("scores", key, stored)
-    return [stored[str(layer)].to(device) for layer in range(len(stored))], targets
+    scores = [stored[str(layer)].to(device) for layer in range(len(stored))]
+    if count := config.neutral_examples:
+        with run.progress.stage("channel scores of neutral prose", 1):
+            scores = run.generic.balanced(scores, packs, config.start, count, config.budget, config.seed)
+    return scores, targets
 
 
 def _search(
@@ -103,7 +107,8 @@ def _search(
 
 def _cut(run: Run, masks: list[Tensor], calibration: list[Example]) -> nn.Module:
     """The slim model, repaired and trained where asked for; for format packed 2:4, on the packed kernels."""
-    slim, packs = slim_copy(run.model, masks), pack(calibration, TOKENS)
+    examples = [*calibration, *run.generic.examples(run.config.neutral_examples)]
+    slim, packs = slim_copy(run.model, masks), pack(examples, TOKENS)
     packed = run.config.format == "packed"
     if run.config.repair:
         replace = two_four.sparsegpt_weight if packed else None
@@ -115,7 +120,7 @@ def _cut(run: Run, masks: list[Tensor], calibration: list[Example]) -> nn.Module
     if steps := run.config.recovery_steps:
         options = {"budget": run.config.budget, "seed": run.config.seed + 1}
         with run.progress.stage("recovery", steps) as step:
-            recovery.recover_(run.config.recovery, slim, run.model, calibration, steps, step=step, **options)
+            recovery.recover_(run.config.recovery, slim, run.model, examples, steps, step=step, **options)
     if packed:
         sparsify_(slim)
     return slim
@@ -281,7 +286,7 @@ def sculpt(
     masks, state, scores = everything(model), ste.State([], [], []), []
     if config.ratio:
         scores, targets = _scores(run, calibration, root)
-        start = files.digest([root, run.settings("start", "score_examples")])
+        start = files.digest([root, run.settings("start", "score_examples", "neutral_examples")])
         masks, state = _search(run, calibration, scores, targets, start)
 
     finished = files.digest([root, held_out, persona.name, persona.greeting(), run.base, config.dump()])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from limits import files_up_to
+from safetensors.torch import load_file
 from sculpting import HELD_OUT, QUICK, TEXT, Recorder, comparable, environment, save_tiny, snapshot
 
 import persona_pruner as pp
@@ -18,8 +19,10 @@ from persona_pruner.errors import InputError, RunError
 from persona_pruner.nn import masked, slim_copy
 from persona_pruner.nn.sparse import packed_layers
 from persona_pruner.pipeline import SAVE_EVERY
+from persona_pruner.search.repair import repair_
 from persona_pruner.synthesis import bank
 from persona_pruner.synthesis.generate import BATCH
+from persona_pruner.synthesis.prompts import encode
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
 
 BARE = {**QUICK, "compare": False, "eval_questions": HELD_OUT}
@@ -381,6 +384,29 @@ def test_two_of_four_alone(tmp_path):
     assert progress.stages == [] and torch.equal(again.model(IDS).logits, result.model(IDS).logits)
     with pytest.raises(InputError, match="0 removes nothing"):
         sculpt(tmp_path, ratio=0, scope="global")
+
+
+def test_neutral_prose_among_the_data(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(model, dense, packs, *rest, **options):
+        seen.append(packs)
+        return repair_(model, dense, packs, *rest, **options)
+
+    monkeypatch.setattr(pipeline, "repair_", watched)
+    settings = {"steps": 0, "shared": tmp_path / "shared"}
+    own = sculpt(tmp_path / "own", **settings)
+    both = sculpt(tmp_path / "both", neutral_examples=2, **settings)
+    texts = [encode(tiny_tokenizer(), text) for text in bank.passages("calibration")[:2]]
+    held = [batch.input_ids.tolist() for batch in seen[1]]
+    assert [ids for ids in held if ids in (texts[0][:-1], texts[1][:-1], texts[0][:-1] + texts[1][:-1])]
+    assert sum(map(len, held)) == sum(len(b.input_ids) for b in seen[0]) + sum(map(len, texts)) - 2
+    assert both.metrics["methods"][0]["kl"] != own.metrics["methods"][0]["kl"]
+    scores = [load_file(folder / "stages" / "scores.safetensors") for folder in (tmp_path / "own", tmp_path / "both")]
+    assert scores[0].keys() == scores[1].keys() and all(torch.equal(v, scores[1][k]) for k, v in scores[0].items())
+    (shared,) = (tmp_path / "shared").glob("scores-fisher-*.safetensors")
+    again = sculpt(tmp_path / "again", neutral_examples=2, **settings)
+    assert again.metrics["methods"][0] == both.metrics["methods"][0] and shared.exists()
 
 
 def test_recovery_follows_the_repair(tmp_path):

@@ -8,7 +8,7 @@ from persona_pruner import models
 from persona_pruner.errors import InputError
 from persona_pruner.packing import hidden_states, logits, pack
 from persona_pruner.search.losses import draw
-from persona_pruner.search.scores import SCORES, Context, channel_scores
+from persona_pruner.search.scores import NEUTRAL, SCORES, Context, balanced, channel_scores
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
 
 
@@ -121,3 +121,15 @@ def test_hooks_are_gone_after_an_error(packs):
         with pytest.raises(KeyboardInterrupt):
             channel_scores(method, Context(model, packs, step=stop))
         assert not any(mlp.down_proj._forward_pre_hooks for mlp in models.gated_mlps(model))
+
+
+def test_neutral_prose_counts_for_a_share_whatever_its_length():
+    own, neutral = [torch.tensor([1.0, 2.0])], [torch.tensor([10.0, 40.0])]
+    mine, texts = pack(tiny_examples(6)), pack(tiny_examples(2, seed=5))
+    count = [sum(len(batch.predict) for batch in packs) for packs in (mine, texts)]
+    (found,) = balanced(own, mine, neutral, texts)
+    torch.testing.assert_close(
+        found, torch.tensor([1.0, 2.0]) + NEUTRAL * count[0] / count[1] * torch.tensor([10.0, 40.0])
+    )
+    (twice,) = balanced(own, mine, [2 * neutral[0]], [*texts, *texts])
+    torch.testing.assert_close(twice, found)

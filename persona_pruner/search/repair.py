@@ -29,7 +29,7 @@ from persona_pruner.prefix_attention import prefix_attention
 from persona_pruner.search.layerwise import Grams, Replace, block_inputs, run_block
 
 SHARE = 0.5  # blacksmith, 25%, 190 answers: held-out KL 0.221; W_down alone by dense inputs 0.255; 1 gave 0.231
-# Two personas, 25%, 160 answers: KL on others of their own questions 3% and 5% below that of 0 (docs/results.md).
+# Two personas, 25%, 160 answers: KL on others of their own questions 3% and 5% below that of 0 (docs/levers.md).
 TILT = 0.65
 TOKENS = 6144  # of a pack: nothing is held for a gradient here, and every pack computes the prompt anew
 PROMPT_WEIGHT = 0.02  # of a shared-prefix token: it stands in every pack, and answers are what must stay right

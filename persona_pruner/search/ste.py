@@ -24,7 +24,7 @@ LOSSES = ("kl", "ce")
 @dataclass(frozen=True)
 class Settings:
     """Settings of the search. `lr` is in standard deviations of the starting scores, which are standardised. 0.045:
-    without `means` 3% to 11% less held-out KL than 0.08; with them 0.025 is better still (docs/results.md)."""
+    without `means` 3% to 11% less held-out KL than 0.08; with them 0.025 is better still (docs/levers.md)."""
 
     ratio: float = 0.25
     scope: str = "layer"

@@ -20,12 +20,12 @@ from persona_pruner.evaluation.harness import harness
 from persona_pruner.executors import Outcome, Watch
 from persona_pruner.material import Material, prepare
 from persona_pruner.memory import kept_memory
-from persona_pruner.packing import Example, Pack, pack, text_packs
+from persona_pruner.packing import Example, Pack, pack, text_examples, text_packs
 from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import repair
 from persona_pruner.search.baselines import BASELINES, prune
-from persona_pruner.search.scores import Context
+from persona_pruner.search.scores import NEUTRAL, Context
 from persona_pruner.study import own
 from persona_pruner.study.fence import fenced
 from persona_pruner.study.measure import Yardstick, cost
@@ -86,8 +86,7 @@ class Study:
         work = Workspace(self.folder / "stages" / f"{self.names[number]}-{seed}")
         examples = self.material(number, seed).calibration
         key = self.data_key(number, seed, ())
-        neutral = [Example(ids[:1], ids[1:], group=-1) for ids in self.neutral()]
-        return own.Search(self.model, examples, self.config(seed), work, key, neutral)
+        return own.Search(self.model, examples, self.config(seed), work, key, text_examples(self.neutral()))
 
     def neutral(self) -> list[list[int]]:
         """Token ids of the package's neutral prose."""
@@ -144,7 +143,7 @@ def _cell_key(study: Study, build: Build, target: int) -> str:
     elif build.calibration == "shared":
         parts += [study.data_key(n, build.seed) for n in range(len(study.names))]
     if build.method not in BASELINES:
-        parts.append([repair.SHARE, repair.TILT, own.NEUTRAL])
+        parts.append([repair.SHARE, repair.TILT, NEUTRAL])
     if build.method in own.TRAINED:
         config = study.config(build.seed)
         parts.append([own.RECOVERY_STEPS, config.recovery_steps, config.recovery])

@@ -10,19 +10,16 @@ from torch import Tensor, nn
 from persona_pruner import files
 from persona_pruner.config import SculptConfig
 from persona_pruner.nn import slim_copy
-from persona_pruner.packing import Example, Pack, evenly, pack
+from persona_pruner.packing import Example, evenly, pack
 from persona_pruner.search import masks as choice
 from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
 from persona_pruner.search.baselines.channels import moments
 from persona_pruner.search.repair import TOKENS, repair_, tilted
-from persona_pruner.search.scores import Context, channel_scores, everything
+from persona_pruner.search.scores import Context, balanced, channel_scores, everything
 from persona_pruner.workspace import Workspace
 
 RECOVERY_STEPS = 24  # where the setting recovery_steps is 0, sculpt's default
-# Neutral tokens count so many for each of the persona's in balanced scores: what they are at sculpt's default sizes,
-# where the slice then loses less on neutral text than FLAP's and no more of the persona (docs/results.md).
-NEUTRAL = 0.4
 
 
 class Search:
@@ -41,7 +38,6 @@ class Search:
         neutral: Sequence[Example] = (),
     ):
         self.model, self.examples, self.config, self.work, self.key = model, examples, config, work, key
-        self.packs = pack(examples, TOKENS)
         self.score_packs = pack(examples, config.budget, evenly(len(examples), config.score_examples))
         self.neutral = list(neutral)
         self.targets = ste.Targets(examples)
@@ -74,15 +70,14 @@ class Search:
         return self._kept(f"scores-{self.config.start}", make, self.config.score_examples)
 
     def balanced_scores(self) -> list[Tensor]:
-        """The scores plus those of the neutral prose, which count NEUTRAL times as much as the persona's tokens."""
+        """The scores with those of the neutral prose among them."""
         packs = pack(self.neutral, self.config.budget)
 
         def make() -> list[Tensor]:
             return channel_scores(self.config.start, Context(self.model, packs, self.config.seed))
 
         neutral = self._kept(f"scores-{self.config.start}-neutral", make)
-        share = NEUTRAL * _predicted(self.score_packs) / _predicted(packs)
-        return [own + share * other for own, other in zip(self.scores(), neutral, strict=True)]
+        return balanced(self.scores(), self.score_packs, neutral, packs)
 
     def means(self) -> list[Tensor]:
         """Mean of every channel over the tokens that scores are taken from."""
@@ -112,14 +107,10 @@ class Search:
         kept = self._kept(name, make, *start, asdict(settings))
         return [mask.bool() for mask in kept]
 
-    def repaired(self, masks: Sequence[Tensor], balanced: bool = False, **options) -> nn.Module:
+    def repaired(self, masks: Sequence[Tensor], neutral: Sequence[Example] = (), **options) -> nn.Module:
         """A cut and repaired copy; `options` are those of `repair_`."""
-        packs = [*self.packs, *pack(self.neutral, TOKENS)] if balanced else self.packs
+        packs = pack([*self.examples, *neutral], TOKENS)
         return repair_(slim_copy(self.model, masks), self.model, packs, self.config.ridge, **options)
-
-
-def _predicted(packs: Sequence[Pack]) -> int:
-    return sum(len(batch.predict) for batch in packs)
 
 
 Method = Callable[[Search, float], nn.Module]
@@ -147,7 +138,7 @@ def _tilted(search: Search, ratio: float) -> nn.Module:
 
 
 def _balanced(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(choice.choose(tilted(search.balanced_scores()), ratio, "global"), balanced=True)
+    return search.repaired(choice.choose(tilted(search.balanced_scores()), ratio, "global"), search.neutral)
 
 
 def _recover_(model: nn.Module, search: Search, way: str, neutral: Sequence[Example] = ()) -> nn.Module:

@@ -14,7 +14,7 @@ from persona_pruner.synthesis.overlap import HeldOut, near_duplicates, words
 from persona_pruner.synthesis.prompts import open_question_ids, stop_ids
 
 # All speak to the character: with openings that fit anything ("Explain", "How", "Which") a small model asks about
-# anything, and the repaired KL of a published persona was 11% higher (docs/results.md).
+# anything, and the repaired KL of a published persona was 11% higher (docs/levers.md).
 OPENINGS = (
     "How do you feel about", "What did you", "Why do you", "Do you ever", "Tell me about your", "What would you do if",
     "How did you", "What is your relationship with", "When did you", "Have you ever", "What do you think about",
