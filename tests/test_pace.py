@@ -85,3 +85,5 @@ def test_refused(tmp_path):
     personas = {"bram": pp.Persona.from_text(TEXT)}
     with pytest.raises(InputError, match="minutes is a setting of sculpt"):
         compare(tiny_model(), tiny_tokenizer(), personas, tmp_path / "study", ["magnitude"], minutes=5)
+    with pytest.raises(InputError, match="neutral_examples is of sculpt"):
+        compare(tiny_model(), tiny_tokenizer(), personas, tmp_path / "study", ["magnitude"], neutral_examples=8)

@@ -123,8 +123,8 @@ def fisher(context: Context) -> list[Tensor]:
 def balanced(
     own: Sequence[Tensor], packs: Sequence[Pack], neutral: Sequence[Tensor], neutral_packs: Sequence[Pack]
 ) -> list[Tensor]:
-    """Scores summed over the persona's data and over neutral prose, a token of which counts as much as NEUTRAL of the
-    persona's if there are as many of both. own, neutral: float32 [C] a layer, each with the packs it was taken from."""
+    """Scores of the persona's data plus those of neutral prose, which as a whole weighs NEUTRAL times as much, however
+    long it is. own, neutral: float32 [C] a layer, sums over the tokens of the packs beside them."""
 
     def predicted(packs: Sequence[Pack]) -> int:
         return sum(len(batch.predict) for batch in packs)

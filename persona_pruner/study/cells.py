@@ -54,6 +54,8 @@ class Study:
     def __post_init__(self):
         if self.settings.get("minutes"):
             raise InputError("a study needs the same sizes on every machine; minutes is a setting of sculpt")
+        if self.settings.get("neutral_examples"):
+            raise InputError("a study has methods with neutral prose (persona-balanced); neutral_examples is of sculpt")
         models.prepare(self.model)
         self.names = list(self.personas)
         weights = [p.flatten()[:16].float().tolist() for p in self.model.parameters()]
