@@ -13,7 +13,7 @@ export PIP_QUIET ?= 1
 .PHONY: demo test lint gpu-check sanitize clean
 
 demo: .venv/demo
-	$(BIN)/persona-pruner sculpt --persona examples/cards/blacksmith.json --model smollm2-135m --ratio 0.25 --set neutral_examples=32 --minutes 7 --out runs/blacksmith
+	$(BIN)/persona-pruner sculpt --persona examples/cards/blacksmith.json --model smollm2-135m --ratio 0.25 --minutes 7 --out runs/blacksmith
 
 test: .venv/test
 	$(BIN)/python -P -m ruff check .

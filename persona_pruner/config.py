@@ -40,10 +40,10 @@ class SculptConfig(BaseModel):
     repair: bool = True
     ridge: float = Field(0.1, gt=0)
     neutral_examples: int = Field(
-        0,
+        32,
         ge=0,
         le=32,
-        description="neutral texts among the data of scores, repair and recovery, for what is not the persona's",
+        description="neutral texts in scores, search, repair and recovery, for what is not the persona's",
     )
     recovery_steps: int = Field(0, ge=0, description="steps of KL to the dense model after the repair")
     recovery: Literal["weights", "lora"] = Field("weights", description="what they train; lora needs the extra peft")

@@ -39,6 +39,10 @@ class Generic:
         """Token ids of the texts that baselines are calibrated on."""
         return [encode(self.tokenizer, text) for text in bank.passages("calibration")]
 
+    def packs(self) -> list[Pack]:
+        """These texts, one pack each."""
+        return text_packs(self.calibration)
+
     def neutral_tokens(self, texts: int | None = None) -> int:
         """Tokens of the first `texts` neutral texts, or of all; the other functions count them alike."""
         return sum(map(len, self._neutral[:texts]))
@@ -71,7 +75,7 @@ class Generic:
         key = files.digest([self.root, name, seed, self.calibration])
 
         def make() -> dict[str, Tensor]:
-            scores = channel_scores(name, Context(self.model, text_packs(self.calibration), seed))
+            scores = channel_scores(name, Context(self.model, self.packs(), seed))
             return {str(layer): score for layer, score in enumerate(scores)}
 
         stored = self._tensors(f"baseline-{name}", key, make)
@@ -91,7 +95,10 @@ class Generic:
     def balanced(
         self, own: Sequence[Tensor], packs: Sequence[Pack], method: str, count: int, budget: int, seed: int
     ) -> list[Tensor]:
-        """`scores.balanced` of a persona's scores by `method` and those of the first `count` texts."""
+        """`scores.balanced` of a persona's scores by `method` and those of the first `count` texts; with 0 texts the
+        persona's alone."""
+        if not count:
+            return list(own)
         neutral = pack(self.examples(count), budget)
         key = files.digest([self.root, method, budget, seed, self.calibration[:count]])
 
@@ -105,7 +112,7 @@ class Generic:
 
     def pruned(self, name: str) -> nn.Module:
         """A copy pruned by one of `search.baselines` that has one ratio, on generic calibration text; never stored."""
-        return prune(name, Context(self.model, text_packs(self.calibration)), 0.5)
+        return prune(name, Context(self.model, self.packs()), 0.5)
 
     def _value(self, name: str, key: str, make: Callable):
         name = f"{name}-{key[:16]}"

@@ -60,7 +60,8 @@ def tokens(config: SculptConfig, prompt: int) -> float:
         total += packed(scored, config.budget) + config.steps * config.budget * STEP
         total += TARGET * packed(examples - scored, config.budget) if config.steps else 0
     total += REFIT * packed(examples, TOKENS) if config.repair else 0
-    total += config.neutral_examples * PASSAGE * ((config.ratio > 0) + REFIT * config.repair)
+    passes = (config.ratio > 0) * (1 + TARGET * (config.steps > 0)) + REFIT * config.repair
+    total += config.neutral_examples * PASSAGE * passes
     total += config.recovery_steps * config.budget * RECOVERY
     models, numbers = (ALL_MODELS, COMPARED) if config.compare else (MODELS, NUMBERS)
     return total + config.neutral_texts * NEUTRAL * models + numbers

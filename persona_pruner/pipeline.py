@@ -58,27 +58,29 @@ class SculptResult:
     folder: Path | None = None
 
 
-def _scores(run: Run, calibration: list[Example], before: str) -> tuple[list[Tensor], ste.Targets]:
-    """Channel scores on the calibration set that the search starts from, and the dense targets seen on the way."""
+def _scores(
+    run: Run, calibration: list[Example], neutral: list[Example], before: str
+) -> tuple[list[Tensor], ste.Targets]:
+    """Channel scores on persona and neutral examples, which the search starts from, and the dense targets of both, as
+    far as they were seen on the way."""
     config = run.config
-    key = files.digest([before, run.settings("start", "score_examples", "seed", "budget")])
+    key = files.digest([before, run.settings("start", "score_examples", "neutral_examples", "seed", "budget")])
     device = run.model.get_input_embeddings().weight.device
-    stored, targets = run.work.read_tensors("scores", key), ste.Targets(calibration)
+    stored, targets = run.work.read_tensors("scores", key), ste.Targets([*calibration, *neutral])
     packs = pack(calibration, config.budget, evenly(len(calibration), config.score_examples))
     if stored is None:
         with run.progress.stage(f"channel scores ({config.start})", len(packs)) as step:
             found = channel_scores(config.start, Context(run.model, packs, config.seed, step, targets.add))
+        if neutral:
+            with run.progress.stage("channel scores of neutral prose", 1):
+                found = run.generic.balanced(found, packs, config.start, len(neutral), config.budget, config.seed)
         stored = {str(layer): score for layer, score in enumerate(found)}
         run.work.write_tensors("scores", key, stored)
-    scores = [stored[str(layer)].to(device) for layer in range(len(stored))]
-    if count := config.neutral_examples:
-        with run.progress.stage("channel scores of neutral prose", 1):
-            scores = run.generic.balanced(scores, packs, config.start, count, config.budget, config.seed)
-    return scores, targets
+    return [stored[str(layer)].to(device) for layer in range(len(stored))], targets
 
 
 def _search(
-    run: Run, calibration: list[Example], scores: list[Tensor], targets: ste.Targets, before: str
+    run: Run, examples: list[Example], scores: list[Tensor], targets: ste.Targets, before: str
 ) -> tuple[list[Tensor], ste.State]:
     """The mask after the straight-through steps, and the state with its curve; the state is stored on the way."""
     config = run.config
@@ -91,8 +93,8 @@ def _search(
     if config.steps and state.done < config.steps:
         teacher = targets.states
         if config.loss == "kl" and (missing := targets.missing()):
-            with run.progress.stage("dense targets", len(pack(calibration, config.budget, missing))) as step:
-                ste.teacher_states(run.model, calibration, config.budget, step, targets)
+            with run.progress.stage("dense targets", len(pack(examples, config.budget, missing))) as step:
+                ste.teacher_states(run.model, examples, config.budget, step, targets)
         with run.progress.stage("straight-through search", config.steps) as step:
             step(state.done)
 
@@ -101,13 +103,12 @@ def _search(
                 if now.done % SAVE_EVERY == 0 or now.done == config.steps:
                     run.work.write_tensors("search", key, now.to_tensors())
 
-            ste.search(run.model, calibration, state, settings, teacher, after_step)
+            ste.search(run.model, examples, state, settings, teacher, after_step)
     return choice.choose(state.scores, config.ratio, config.scope), state
 
 
-def _cut(run: Run, masks: list[Tensor], calibration: list[Example]) -> nn.Module:
+def _cut(run: Run, masks: list[Tensor], examples: list[Example]) -> nn.Module:
     """The slim model, repaired and trained where asked for; for format packed 2:4, on the packed kernels."""
-    examples = [*calibration, *run.generic.examples(run.config.neutral_examples)]
     slim, packs = slim_copy(run.model, masks), pack(examples, TOKENS)
     packed = run.config.format == "packed"
     if run.config.repair:
@@ -282,12 +283,14 @@ def sculpt(
     held_out, calibration = stage_one(run)
     config = run.config
     root = run.key([[example.prompt, example.answer] for example in calibration])
+    neutral = run.generic.examples(config.neutral_examples)
+    examples = [*calibration, *neutral]
 
     masks, state, scores = everything(model), ste.State([], [], []), []
     if config.ratio:
-        scores, targets = _scores(run, calibration, root)
+        scores, targets = _scores(run, calibration, neutral, root)
         start = files.digest([root, run.settings("start", "score_examples", "neutral_examples")])
-        masks, state = _search(run, calibration, scores, targets, start)
+        masks, state = _search(run, examples, scores, targets, start)
 
     finished = files.digest([root, held_out, persona.name, persona.greeting(), run.base, config.dump()])
     whole = folder and all((folder / name).exists() for name in made(config))
@@ -297,7 +300,7 @@ def sculpt(
         slim, _ = models.load_model(folder / kind, model.device, model.dtype)
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 
-    slim = _cut(run, masks, calibration)
+    slim = _cut(run, masks, examples)
     if numbers:
         return SculptResult(PersonaFile.load(folder), slim, numbers, folder)
 

@@ -12,7 +12,7 @@ TEXT = "Bram is a gruff blacksmith of few words who distrusts mages and talks of
 HELD_OUT = str(Path(__file__).with_name("held_out.json"))  # four questions; ranking the bundled ones takes a second
 QUICK = {
     "own_questions": 8, "bank_questions": 6, "bank_candidates": 10, "held_out_questions": 4, "answer_tokens": 12,
-    "held_out_tokens": 10, "steps": 3, "budget": 400,
+    "held_out_tokens": 10, "steps": 3, "budget": 400, "neutral_examples": 2,
 }  # fmt: skip
 QUICK_ARGUMENTS = [word for name, value in QUICK.items() for word in ("--set", f"{name}={value}")]
 MEASURED = ("seconds", "tokens_per_second", "fleet_tokens_per_second")  # differ between equal runs

@@ -25,7 +25,7 @@ def written(folder):
 def test_what_is_made_smaller():
     config = pp.SculptConfig(minutes=1, bank_questions=0)
     small = pace.scaled(config, 1)
-    assert [getattr(small, name) for name in pace.SCALED] == [24, 0, 16, 24, 2, 0, 4, 0] and small.minutes is None
+    assert [getattr(small, name) for name in pace.SCALED] == [24, 0, 16, 24, 2, 0, 4, 4] and small.minutes is None
     assert pace.scaled(config, pace.EIGHTHS) == config.model_copy(update={"minutes": None})
     least = pace.scaled(config.model_copy(update={"steps": 1, "own_questions": 3, "neutral_texts": 2}), 1)
     assert (least.steps, least.own_questions, least.neutral_texts) == (1, 1, 2)
@@ -39,7 +39,7 @@ def test_what_is_made_smaller():
         {"steps": 0},
         {"ratio": 0, "format": "packed"},
         {"recovery_steps": 8},
-        {"neutral_examples": 32},
+        {"neutral_examples": 0},
     ],
 )
 def test_more_takes_longer(change):
@@ -64,7 +64,7 @@ def test_a_short_run_goes_on_with_its_sizes(tmp_path, monkeypatch):
     first = Recorder()
     result = sculpt(tmp_path / "run", first, minutes=5)
     found = written(tmp_path / "run")
-    assert [found[name] for name in pace.SCALED] == [1, 1, 2, 1, 1, 0, 4, 0] and found["minutes"] is None
+    assert [found[name] for name in pace.SCALED] == [1, 1, 2, 1, 1, 0, 4, 2] and found["minutes"] is None
     assert result.metrics["search"]["examples"] <= 2
     assert [note for note in first.notes if note.startswith("1/8 of the questions and steps will take about ")]
     monkeypatch.setattr(pace, "second_per_token", lambda *_: pytest.fail("measured again"))
@@ -85,5 +85,3 @@ def test_refused(tmp_path):
     personas = {"bram": pp.Persona.from_text(TEXT)}
     with pytest.raises(InputError, match="minutes is a setting of sculpt"):
         compare(tiny_model(), tiny_tokenizer(), personas, tmp_path / "study", ["magnitude"], minutes=5)
-    with pytest.raises(InputError, match="neutral_examples is of sculpt"):
-        compare(tiny_model(), tiny_tokenizer(), personas, tmp_path / "study", ["magnitude"], neutral_examples=8)

@@ -17,6 +17,7 @@ CARD = Path(__file__).parents[1] / "examples" / "cards" / "blacksmith.json"
 SHORT = {
     "own_questions": 8, "bank_questions": 2, "filter": "false", "answer_tokens": 24, "held_out_questions": 3,
     "held_out_tokens": 24, "steps": 2, "repair": "false", "neutral_texts": 2,
+    "neutral_examples": 2,
 }  # fmt: skip
 THREADS = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
 PLAIN = """

@@ -156,8 +156,7 @@ def data(study: Study, ratio: float, count: int) -> dict:
         for number in _people(study):
             part = found[number][:: round(1 / share)]  # every n-th: own and bank questions in proportion
             key = files.digest([study.data_key(number, 0, ()), share])
-            work = Workspace(study.folder / "stages" / f"{study.names[number]}-share-{share:g}")
-            search = own.Search(study.model, part, study.config(0), work, key)
+            search = study.search_on(part, 0, f"{study.names[number]}-share-{share:g}", key)
             masks = [search.masks(ratio, "layer", searched) for searched in (False, True)]
             kls.append([len(part), *(_kl(search.repaired(mask), references[number]) for mask in masks)])
         size, *means = (statistics.fmean(column) for column in zip(*kls, strict=True))
@@ -183,7 +182,7 @@ def conversation(study: Study, material: Material, turns: int = TURNS) -> list[E
 
 def turns(study: Study, ratio: float, count: int) -> dict:
     kls: list[list[list[float]]] = []
-    wanda = prune("wanda", Context(study.model, study.generic()), ratio)
+    wanda = prune("wanda", Context(study.model, study.generic.packs()), ratio)
     for number in _people(study):
         talk = conversation(study, study.material(number, 0))
         references = [metrics.dense_reference(study.model, [example]) for example in talk]

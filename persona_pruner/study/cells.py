@@ -18,9 +18,10 @@ from persona_pruner.config import SculptConfig
 from persona_pruner.errors import InputError, RunError
 from persona_pruner.evaluation.harness import harness
 from persona_pruner.executors import Outcome, Watch
+from persona_pruner.generic import Generic
 from persona_pruner.material import Material, prepare
 from persona_pruner.memory import kept_memory
-from persona_pruner.packing import Example, Pack, pack, text_examples, text_packs
+from persona_pruner.packing import Example, Pack, pack
 from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import repair
@@ -30,11 +31,9 @@ from persona_pruner.study import own
 from persona_pruner.study.fence import fenced
 from persona_pruner.study.measure import Yardstick, cost
 from persona_pruner.study.plan import Build
-from persona_pruner.synthesis import bank
-from persona_pruner.synthesis.prompts import encode
 from persona_pruner.workspace import Workspace
 
-SEARCH = ("start", "score_examples", "loss", "steps", "lr", "budget", "ridge", "seed")
+SEARCH = ("start", "score_examples", "neutral_examples", "loss", "steps", "lr", "budget", "ridge", "seed")
 LAYOUT = 1  # of a cell; another number makes stored cells void
 
 
@@ -54,8 +53,6 @@ class Study:
     def __post_init__(self):
         if self.settings.get("minutes"):
             raise InputError("a study needs the same sizes on every machine; minutes is a setting of sculpt")
-        if self.settings.get("neutral_examples"):
-            raise InputError("a study has methods with neutral prose (persona-balanced); neutral_examples is of sculpt")
         models.prepare(self.model)
         self.names = list(self.personas)
         weights = [p.flatten()[:16].float().tolist() for p in self.model.parameters()]
@@ -84,25 +81,24 @@ class Study:
         calibration = [[e.prompt, e.answer] for e in self.material(number, seed).calibration]
         return files.digest([self.root, calibration, {name: config[name] for name in names}])
 
+    @cached_property
+    def generic(self) -> Generic:
+        """The package's neutral texts, and what of a slice depends on them alone."""
+        return Generic(self.model, self.tokenizer, self.root, self.folder / "stages" / "generic")
+
+    def search_on(self, examples: Sequence[Example], seed: int, folder: str, key: str) -> own.Search:
+        """What slices from these examples share, kept in this folder of the stages under `key` of the examples."""
+        work = Workspace(self.folder / "stages" / folder)
+        return own.Search(self.model, examples, self.config(seed), work, key, self.generic)
+
     def search(self, number: int, seed: int) -> own.Search:
-        work = Workspace(self.folder / "stages" / f"{self.names[number]}-{seed}")
-        examples = self.material(number, seed).calibration
-        key = self.data_key(number, seed, ())
-        return own.Search(self.model, examples, self.config(seed), work, key, text_examples(self.neutral()))
-
-    def neutral(self) -> list[list[int]]:
-        """Token ids of the package's neutral prose."""
-        return [encode(self.tokenizer, text) for text in bank.passages("calibration")]
-
-    def generic(self) -> list[Pack]:
-        """What published methods are calibrated on: the neutral prose."""
-        return text_packs(self.neutral())
+        examples, key = self.material(number, seed).calibration, self.data_key(number, seed, ())
+        return self.search_on(examples, seed, f"{self.names[number]}-{seed}", key)
 
     def shared(self, seed: int) -> own.Search:
         """What `search` gives, on examples of all personas together, as many as one of them has."""
         key = files.digest([self.data_key(n, seed, ()) for n in range(len(self.names))])
-        work = Workspace(self.folder / "stages" / f"shared-{seed}")
-        return own.Search(self.model, self.mixture(seed), self.config(seed), work, key)
+        return self.search_on(self.mixture(seed), seed, f"shared-{seed}", key)
 
     @cached_property
     def yardstick(self) -> Yardstick:
@@ -125,7 +121,7 @@ def make(study: Study, build: Build) -> tuple[nn.Module, float, int]:
         if build.method in BASELINES:
             packs: list[Pack] = []
             if build.calibration == "generic":
-                packs = study.generic()
+                packs = study.generic.packs()
             elif build.calibration == "persona":
                 packs = pack(study.material(build.persona, build.seed).calibration, study.config(build.seed).budget)
             model = prune(build.method, Context(study.model, packs, build.seed), build.ratio)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from persona_pruner import files
 from persona_pruner.config import SculptConfig
+from persona_pruner.generic import Generic
 from persona_pruner.nn import slim_copy
 from persona_pruner.packing import Example, evenly, pack
 from persona_pruner.search import masks as choice
@@ -16,7 +17,7 @@ from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
 from persona_pruner.search.baselines.channels import moments
 from persona_pruner.search.repair import TOKENS, repair_, tilted
-from persona_pruner.search.scores import Context, balanced, channel_scores, everything
+from persona_pruner.search.scores import Context, channel_scores, everything
 from persona_pruner.workspace import Workspace
 
 RECOVERY_STEPS = 24  # where the setting recovery_steps is 0, sculpt's default
@@ -25,22 +26,23 @@ RECOVERY_STEPS = 24  # where the setting recovery_steps is 0, sculpt's default
 class Search:
     """What the slices of one persona and one seed share: scores, dense targets, searched masks. Each is made once and
     kept in `work` under `key` (of model and data) and its own settings; `seconds` sums what it took to make those that
-    were read and not made anew. `neutral` is prose without the persona, in a group of its own, for the slices that are
-    to stay good at other things too."""
+    were read and not made anew. `examples` are the persona's and, after them, as many neutral texts of `generic` as
+    `config.neutral_examples` says."""
 
     def __init__(
         self,
         model: nn.Module,
-        examples: Sequence[Example],
+        persona: Sequence[Example],
         config: SculptConfig,
         work: Workspace,
         key: str,
-        neutral: Sequence[Example] = (),
+        generic: Generic,
     ):
-        self.model, self.examples, self.config, self.work, self.key = model, examples, config, work, key
-        self.score_packs = pack(examples, config.budget, evenly(len(examples), config.score_examples))
-        self.neutral = list(neutral)
-        self.targets = ste.Targets(examples)
+        self.model, self.config, self.work, self.key, self.generic = model, config, work, key, generic
+        self.score_packs = pack(persona, config.budget, evenly(len(persona), config.score_examples))
+        self.neutral = generic.examples(config.neutral_examples)
+        self.examples = [*persona, *self.neutral]
+        self.targets = ste.Targets(self.examples)
         self.seconds = 0.0
         self.counted: set[str] = set()
 
@@ -63,26 +65,21 @@ class Search:
         return [stored[str(i)].to(device) for i in range(len(stored) - 1)]
 
     def scores(self) -> list[Tensor]:
-        def make() -> list[Tensor]:
-            context = Context(self.model, self.score_packs, self.config.seed, seen=self.targets.add)
-            return channel_scores(self.config.start, context)
-
-        return self._kept(f"scores-{self.config.start}", make, self.config.score_examples)
-
-    def balanced_scores(self) -> list[Tensor]:
-        """The scores with those of the neutral prose among them."""
-        packs = pack(self.neutral, self.config.budget)
+        config = self.config
 
         def make() -> list[Tensor]:
-            return channel_scores(self.config.start, Context(self.model, packs, self.config.seed))
+            context = Context(self.model, self.score_packs, config.seed, seen=self.targets.add)
+            return channel_scores(config.start, context)
 
-        neutral = self._kept(f"scores-{self.config.start}-neutral", make)
-        return balanced(self.scores(), self.score_packs, neutral, packs)
+        scores = self._kept(f"scores-{config.start}", make, config.score_examples)
+        settings = (config.start, len(self.neutral), config.budget, config.seed)
+        return self.generic.balanced(scores, self.score_packs, *settings)
 
     def means(self) -> list[Tensor]:
         """Mean of every channel over the tokens that scores are taken from."""
-        context = Context(self.model, self.score_packs)
-        return self._kept("means", lambda: moments(context)[0], self.config.score_examples)
+        context = Context(self.model, [*self.score_packs, *pack(self.neutral, self.config.budget)])
+        depends = (self.config.score_examples, len(self.neutral))
+        return self._kept("means", lambda: moments(context)[0], *depends)
 
     def teacher(self) -> list[Tensor]:
         """Dense final states of every example; not stored, since a pass of the dense model gives them."""
@@ -102,14 +99,14 @@ class Search:
             state = ste.start(scores, scope)
             return ste.search(self.model, self.examples, state, settings, self.teacher(), means=means)
 
-        start = (self.config.start, self.config.score_examples)
+        start = (self.config.start, self.config.score_examples, len(self.neutral))
         name = f"masks-{scope}-{ratio}" + ("-means" if means else "")
         kept = self._kept(name, make, *start, asdict(settings))
         return [mask.bool() for mask in kept]
 
-    def repaired(self, masks: Sequence[Tensor], neutral: Sequence[Example] = (), **options) -> nn.Module:
+    def repaired(self, masks: Sequence[Tensor], **options) -> nn.Module:
         """A cut and repaired copy; `options` are those of `repair_`."""
-        packs = pack([*self.examples, *neutral], TOKENS)
+        packs = pack(self.examples, TOKENS)
         return repair_(slim_copy(self.model, masks), self.model, packs, self.config.ridge, **options)
 
 
@@ -137,20 +134,16 @@ def _tilted(search: Search, ratio: float) -> nn.Module:
     return search.repaired(choice.choose(tilted(search.scores()), ratio, "global"))
 
 
-def _balanced(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(choice.choose(tilted(search.balanced_scores()), ratio, "global"), search.neutral)
-
-
-def _recover_(model: nn.Module, search: Search, way: str, neutral: Sequence[Example] = ()) -> nn.Module:
+def _recover_(model: nn.Module, search: Search, way: str) -> nn.Module:
     config = search.config
     steps = config.recovery_steps or RECOVERY_STEPS
     options = {"budget": config.budget, "seed": config.seed + 1}
-    recovery.recover_(way, model, search.model, [*search.examples, *neutral], steps, **options)
+    recovery.recover_(way, model, search.model, search.examples, steps, **options)
     return model
 
 
 def _recovered(search: Search, ratio: float) -> nn.Module:
-    return _recover_(_balanced(search, ratio), search, search.config.recovery, search.neutral)
+    return _recover_(_tilted(search, ratio), search, search.config.recovery)
 
 
 def _two_four(search: Search, masks: Sequence[Tensor], ffn_only: bool = False, trained: bool = True) -> nn.Module:
@@ -171,14 +164,13 @@ OWN: dict[str, tuple[Method, str]] = {
         "weights untouched, and FLAP's bias for what was dropped, which the search knows of",
     ),
     "persona-global-scores": (_tilted, "scores, later blocks favoured, and repair; no search, widths free"),
-    "persona-balanced": (_balanced, "persona-global-scores with neutral prose among the data of scores and repair"),
     "persona-slim-2:4": (
         lambda search, ratio: _two_four(search, search.masks(ratio, "layer")),
         "the channels of persona, and two of every four of their weights as in persona-2:4",
     ),
     "persona-recovered": (
         _recovered,
-        f"persona-balanced, then recovery_steps ({RECOVERY_STEPS}) of KL on the weights or by LoRA, on the same data",
+        f"persona-global-scores, then recovery_steps ({RECOVERY_STEPS}) of KL on the weights or by LoRA",
     ),
 }
 OWN_24: dict[str, tuple[Method, str]] = {
