@@ -13,8 +13,8 @@ from persona_pruner.ops import column_sqnorm_
 from persona_pruner.packing import Pack, answer_states, hidden_states
 from persona_pruner.search.losses import cross_entropy, sampled_cross_entropy
 
-# One published persona at 25%: as much KL as without neutral prose, and neutral text loses a third less; with 1 it loses
-# another 7% less, and the KL is 4% larger (docs/levers.md).
+# One published persona at 25%: as much KL as without neutral prose, and neutral text loses a third less; with 1 another
+# 7% less, and the KL is 4% larger (docs/levers.md).
 NEUTRAL = 0.4
 
 
