@@ -143,7 +143,7 @@ def test_what_is_common_is_computed_once(tmp_path, monkeypatch):
             shared=tmp_path / "shared", **{**SETTINGS, "compare": True, "eval_questions": None},
         )  # fmt: skip
         seen.append({key: counts[key] - before[key] for key in counts})
-    assert seen[0] == {"scores": 4, "nll": 4 + 3, "references": 2}  # dense and baselines, then the variants' own
+    assert seen[0] == {"scores": 4, "nll": 4 + 3, "references": 2}  # scores of three baselines and of neutral prose
     assert seen[1] == {"scores": 0, "nll": 3, "references": 0}
     monkeypatch.undo()
     monkeypatch.setattr(bank, "passages", lambda split, every=bank.passages: every(split)[:2])
