@@ -93,17 +93,24 @@ class Generic:
         return text_examples(self.calibration[:count])
 
     def balanced(
-        self, own: Sequence[Tensor], packs: Sequence[Pack], method: str, count: int, budget: int, seed: int
+        self,
+        own: Sequence[Tensor],
+        packs: Sequence[Pack],
+        method: str,
+        count: int,
+        budget: int,
+        seed: int,
+        heads: bool = False,
     ) -> list[Tensor]:
         """`scores.balanced` of a persona's scores by `method` and those of the first `count` texts; with 0 texts the
-        persona's alone."""
+        persona's alone. `heads`: there are head groups among them."""
         if not count:
             return list(own)
         neutral = pack(self.examples(count), budget)
-        key = files.digest([self.root, method, budget, seed, self.calibration[:count]])
+        key = files.digest([self.root, method, budget, seed, self.calibration[:count], heads])
 
         def make() -> dict[str, Tensor]:
-            found = channel_scores(method, Context(self.model, neutral, seed))
+            found = channel_scores(method, Context(self.model, neutral, seed, heads=heads))
             return {str(layer): score for layer, score in enumerate(found)}
 
         stored = self._tensors(f"scores-{method}", key, make)

@@ -107,8 +107,9 @@ def test_every_method(folder, tmp_path):
     for line in rows.values():
         assert line["personas"] == 2 and line["kl"] > 0 and line["kl_sd"] is not None and 0 <= line["rouge_l"] <= 1
         assert line["seconds"] >= 0 and line["peak_bytes"] > 1e8 and line["parameters"] > 0
-    channel = {rows[name, "persona"]["parameters"] for name in ("persona", "persona-global", "wanda", "llm-pruner")}
+    channel = {rows[name, "persona"]["parameters"] for name in ("persona", "persona-mask", "wanda", "llm-pruner")}
     assert channel == {rows["magnitude", "none"]["parameters"]}
+    assert all(rows[name, "persona"]["parameters"] <= max(channel) for name in ("persona-global", "persona-recovered"))
     assert {entry["kind"] for entry in result["headlines"]} == {"channels", "2:4", "2:4 of the FFN"}
     assert progress.notes[-1].startswith(f"[{len(rows) * 2 - len(data) - 4}/")  # generic, free and shared ones once
     out = tmp_path / "out"

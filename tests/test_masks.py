@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from persona_pruner.errors import InputError
-from persona_pruner.search.masks import agreement, check_ratio, choose, kept_width, top_k, top_k_global
+from persona_pruner.search.masks import (
+    HEADS,
+    agreement,
+    check_ratio,
+    choose,
+    drop_heads,
+    kept_width,
+    top_k,
+    top_k_global,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -113,3 +122,32 @@ def test_agreement():
     a, b = [torch.tensor([True, True, False])], [torch.tensor([True, False, True])]
     assert agreement(a, b) == pytest.approx(1 / 3) and agreement(a, a) == 1
     assert agreement([~a[0] & a[0]], [~a[0] & a[0]]) == 1
+
+
+def test_head_groups_compete_with_channels():
+    """Of 2 x 40 channels 1, 2, ... half go, a group weighs five: beside two groups 30 channels, and at most one more a
+    layer."""
+    channels = [torch.arange(1.0, 80, 2), torch.arange(2.0, 81, 2)]
+    cheap, dear = 5 * 31 / HEADS - 1, 5 * 36 / HEADS + 1
+    kept, left = drop_heads(channels, [torch.tensor([cheap, dear]), torch.tensor([NAN, cheap])], 0.5, 5)
+    assert [mask.tolist() for mask in kept] == [[False, True], [True, False]]
+    assert sum(int((~mask).sum()) for mask in choose(channels, left, "global", 1)) in (30, 31, 32)
+    kept, left = drop_heads(channels, [torch.tensor([dear, dear])] * 2, 0.5, 5)
+    assert all(mask.all() for mask in kept) and left == 0.5
+    kept, left = drop_heads(channels, [torch.zeros(2)] * 2, 0.5, 5)  # a layer keeps one
+    assert [int(mask.sum()) for mask in kept] == [1, 1]
+    kept, left = drop_heads(channels, [torch.zeros(3)] * 2, 0.5, 39.5)  # nothing would be left for channels
+    assert all(mask.all() for mask in kept) and left == 0.5
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.77])
+@pytest.mark.parametrize("cost", [3.3, 16, 171.0])
+def test_with_head_groups_gone_at_most_as_many_weights_stay(ratio, cost):
+    generator = torch.Generator().manual_seed(0)
+    channels = [torch.rand(1536, generator=generator) for _ in range(5)]
+    heads = [torch.rand(3, generator=generator) * cost for _ in range(5)]
+    kept, left = drop_heads(channels, heads, ratio, cost)
+    gone = sum(int((~mask).sum()) for mask in kept)
+    channels_gone = sum(int((~mask).sum()) for mask in choose(channels, left, "global", 1 if gone else 64))
+    goal = sum(1536 - kept_width(1536, ratio) for _ in channels)
+    assert 0 <= channels_gone + gone * cost - goal <= 5

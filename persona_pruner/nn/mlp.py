@@ -64,7 +64,8 @@ def masked(model: nn.Module, masks: Sequence[Tensor], taylor=None, fisher=None, 
             layer.mlp = mlp
 
 
-def _sliced(linear: nn.Linear, kept: Tensor, dim: int) -> nn.Linear:
+def sliced(linear: nn.Linear, kept: Tensor, dim: int) -> nn.Linear:
+    """A linear with the rows (dim 0) or columns (dim 1) of these numbers alone."""
     weight = linear.weight.index_select(dim, kept)
     new = nn.Linear(weight.shape[1], weight.shape[0], linear.bias is not None, device="meta")
     new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
@@ -75,11 +76,11 @@ def _sliced(linear: nn.Linear, kept: Tensor, dim: int) -> nn.Linear:
 
 
 @torch.no_grad()
-def _bias(down: nn.Linear, dropped: Tensor, means: Tensor) -> nn.Parameter:
-    """The linear's bias [H] and what its dropped channels give at their means."""
-    bias = down.weight[:, dropped].float() @ means[dropped]
-    bias = bias if down.bias is None else bias + down.bias.float()
-    return nn.Parameter(bias.to(down.weight.dtype), requires_grad=down.weight.requires_grad)
+def mean_bias(linear: nn.Linear, dropped: Tensor, means: Tensor) -> nn.Parameter:
+    """The linear's bias [out] and what its dropped inputs (bool [in]) give at their means, float32 [in]."""
+    bias = linear.weight[:, dropped].float() @ means[dropped]
+    bias = bias if linear.bias is None else bias + linear.bias.float()
+    return nn.Parameter(bias.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
 
 
 def slim_(model: nn.Module, masks: Sequence[Tensor], means: Sequence[Tensor] | None = None) -> nn.Module:
@@ -101,10 +102,10 @@ def slim_(model: nn.Module, masks: Sequence[Tensor], means: Sequence[Tensor] | N
     for layer, (mlp, mask) in enumerate(zip(mlps, masks, strict=True)):
         mask = mask.to(mlp.gate_proj.weight.device)
         kept = mask.nonzero()[:, 0]
-        mlp.gate_proj, mlp.up_proj = _sliced(mlp.gate_proj, kept, 0), _sliced(mlp.up_proj, kept, 0)
-        down = _sliced(mlp.down_proj, kept, 1)
+        mlp.gate_proj, mlp.up_proj = sliced(mlp.gate_proj, kept, 0), sliced(mlp.up_proj, kept, 0)
+        down = sliced(mlp.down_proj, kept, 1)
         if means:
-            down.bias = _bias(mlp.down_proj, ~mask, means[layer])
+            down.bias = mean_bias(mlp.down_proj, ~mask, means[layer])
         mlp.down_proj = down
         if hasattr(mlp, "intermediate_size"):
             mlp.intermediate_size = len(kept)

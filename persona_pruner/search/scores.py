@@ -1,6 +1,7 @@
 """Channel scores: how much each FFN channel matters, by magnitude, by calibration activations or by gradients."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from persona_pruner import models
 from persona_pruner.errors import InputError
-from persona_pruner.nn import masked
+from persona_pruner.nn import head_groups, heads_watched, masked
 from persona_pruner.ops import column_sqnorm_
 from persona_pruner.packing import Pack, answer_states, hidden_states
 from persona_pruner.search.losses import cross_entropy, sampled_cross_entropy
@@ -33,7 +34,8 @@ class Context:
     """What a score may look at: the frozen model, packed calibration data, a seed, and whom to tell of progress.
 
     `seen` is handed the final hidden states [A, hidden] of every pack that a gradient score runs, which are the dense
-    targets of the search: it need not run the dense model again for them.
+    targets of the search: it need not run the dense model again for them. With `heads` a Fisher score goes on, behind
+    the layers' channels, with the layers' head groups (`nn.heads`).
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Context:
     seed: int = 0
     step: Callable[[int], None] = lambda done: None
     seen: Callable[[Pack, Tensor], None] = lambda batch, states: None
+    heads: bool = False
 
 
 def random(context: Context) -> list[Tensor]:
@@ -88,12 +91,15 @@ def wanda(context: Context) -> list[Tensor]:
     return [norm.sqrt() * mlp.down_proj.weight.float().abs().sum(0) for mlp, norm in zip(mlps, norms, strict=True)]
 
 
-def _gradient_scores(context: Context, sampled: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Taylor and Fisher sums of the cross-entropy, with labels from the data or sampled from the model."""
+def _gradient_scores(context: Context, sampled: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Taylor and Fisher sums of the cross-entropy, with labels from the data or sampled from the model; and the Fisher
+    sums of head groups, if the context asks for them."""
     taylor, fisher = _zeros(context.model), _zeros(context.model)
     device = taylor[0].device
+    groups = [torch.zeros(count, device=device) for count in head_groups(context.model)] if context.heads else []
+    watched = heads_watched(context.model, groups) if groups else nullcontext()
     generator = torch.Generator(device).manual_seed(context.seed)
-    with masked(context.model, everything(context.model), taylor, fisher):
+    with watched, masked(context.model, everything(context.model), taylor, fisher):
         for batch in context.packs:
             batch = batch.to(device)
             states = answer_states(context.model, batch)
@@ -104,7 +110,7 @@ def _gradient_scores(context: Context, sampled: bool) -> tuple[list[Tensor], lis
                 loss = cross_entropy(context.model, states, batch.target)
             loss.backward()
             context.step(1)
-    return taylor, fisher
+    return taylor, fisher, groups
 
 
 def taylor(context: Context) -> list[Tensor]:
@@ -117,14 +123,15 @@ def taylor(context: Context) -> list[Tensor]:
 def fisher(context: Context) -> list[Tensor]:
     """Diagonal Fisher information of a channel's mask: sum over tokens of (dLoss/dm)^2, labels drawn from the model
     itself, so that the score is the local curvature of KL(dense || masked). Comparable across layers."""
-    return _gradient_scores(context, sampled=True)[1]
+    _, channels, groups = _gradient_scores(context, sampled=True)
+    return channels + groups
 
 
 def balanced(
     own: Sequence[Tensor], packs: Sequence[Pack], neutral: Sequence[Tensor], neutral_packs: Sequence[Pack]
 ) -> list[Tensor]:
     """Scores of the persona's data plus those of neutral prose, which as a whole weighs NEUTRAL times as much, however
-    long it is. own, neutral: float32 [C] a layer, sums over the tokens of the packs beside them."""
+    long it is. own, neutral: float32 [C] a layer, or groups, sums over the tokens of the packs beside them."""
 
     def predicted(packs: Sequence[Pack]) -> int:
         return sum(len(batch.predict) for batch in packs)
@@ -143,7 +150,10 @@ SCORES: dict[str, Callable[[Context], list[Tensor]]] = {
 
 
 def channel_scores(method: str, context: Context) -> list[Tensor]:
-    """Scores of one method, float32 [C] a layer. Raises InputError for an unknown method."""
+    """Scores of one method, float32 [C] a layer. Raises InputError for an unknown method, and for head groups by
+    another than fisher."""
+    if context.heads and method != "fisher":
+        raise InputError(f"score {method!r} knows channels only; fisher scores head groups too")
     if method not in SCORES:
         raise InputError(f"score {method!r} is not one of {', '.join(SCORES)}")
     return SCORES[method](context)

@@ -26,6 +26,7 @@ from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import repair
 from persona_pruner.search.baselines import BASELINES, prune
+from persona_pruner.search.masks import HEADS
 from persona_pruner.search.scores import NEUTRAL, Context
 from persona_pruner.study import own
 from persona_pruner.study.fence import fenced
@@ -34,7 +35,7 @@ from persona_pruner.study.plan import Build
 from persona_pruner.workspace import Workspace
 
 SEARCH = ("start", "score_examples", "neutral_examples", "loss", "steps", "lr", "budget", "ridge", "seed")
-LAYOUT = 1  # of a cell; another number makes stored cells void
+LAYOUT = 2  # of a cell; another number makes stored cells void
 
 
 @dataclass
@@ -141,7 +142,7 @@ def _cell_key(study: Study, build: Build, target: int) -> str:
     elif build.calibration == "shared":
         parts += [study.data_key(n, build.seed) for n in range(len(study.names))]
     if build.method not in BASELINES:
-        parts.append([repair.SHARE, repair.TILT, NEUTRAL])
+        parts.append([repair.SHARE, repair.TILT, NEUTRAL, HEADS])
     if build.method in own.TRAINED:
         config = study.config(build.seed)
         parts.append([own.RECOVERY_STEPS, config.recovery_steps, config.recovery])

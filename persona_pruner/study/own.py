@@ -1,16 +1,17 @@
 """The persona's own slices: what `sculpt` makes, its parts as controls, and the ways past it."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from persona_pruner import files
+from persona_pruner import files, models
 from persona_pruner.config import SculptConfig
 from persona_pruner.generic import Generic
-from persona_pruner.nn import slim_copy
+from persona_pruner.nn import attentions, cut_heads_, group_cost, head_groups, slim_copy
 from persona_pruner.packing import Example, evenly, pack
 from persona_pruner.search import masks as choice
 from persona_pruner.search import recovery, ste
@@ -64,74 +65,125 @@ class Search:
         device = self.model.get_input_embeddings().weight.device
         return [stored[str(i)].to(device) for i in range(len(stored) - 1)]
 
-    def scores(self) -> list[Tensor]:
+    def _scores(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of every layer's channels; and of its head groups, where there are any and the start is Fisher."""
         config = self.config
+        heads = config.start == "fisher" and bool(head_groups(self.model))
 
         def make() -> list[Tensor]:
-            context = Context(self.model, self.score_packs, config.seed, seen=self.targets.add)
+            context = Context(self.model, self.score_packs, config.seed, seen=self.targets.add, heads=heads)
             return channel_scores(config.start, context)
 
-        scores = self._kept(f"scores-{config.start}", make, config.score_examples)
-        settings = (config.start, len(self.neutral), config.budget, config.seed)
-        return self.generic.balanced(scores, self.score_packs, *settings)
+        found = self._kept(f"scores-{config.start}", make, config.score_examples, heads)
+        settings = (config.start, len(self.neutral), config.budget, config.seed, heads)
+        found = self.generic.balanced(found, self.score_packs, *settings)
+        layers = len(models.decoder_layers(self.model))
+        return found[:layers], found[layers:]
 
-    def means(self) -> list[Tensor]:
-        """Mean of every channel over the tokens that scores are taken from."""
+    def scores(self) -> list[Tensor]:
+        return self._scores()[0]
+
+    def means(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean over the tokens that scores are taken from of what enters every layer's down_proj, and its o_proj where
+        there are head groups."""
         context = Context(self.model, [*self.score_packs, *pack(self.neutral, self.config.budget)])
+        linears = [mlp.down_proj for mlp in models.gated_mlps(self.model)]
+        layers = len(linears)
+        linears += [attention.o_proj for attention in attentions(self.model)]
         depends = (self.config.score_examples, len(self.neutral))
-        return self._kept("means", lambda: moments(context)[0], *depends)
+        found = self._kept("means", lambda: moments(context, linears)[0], *depends)
+        return found[:layers], found[layers:]
+
+    def without_heads(self, ratio: float, tilt: bool = False, biased: bool = False) -> "Start":
+        """What is left once the head groups are gone that are worth less than the channels of `ratio` beside them, both
+        `tilted` or not; `biased`: a bias stands in for them."""
+        channels, heads = (tilted(part) if tilt else part for part in self._scores())
+        if not heads:
+            return Start(self.model, channels, ratio, choice.MULTIPLE)
+        kept, left = choice.drop_heads(channels, heads, ratio, group_cost(self.model))
+        base = cut_heads_(copy.deepcopy(self.model), kept, self.means()[1] if biased else None)
+        return Start(base, channels, left, 1)
 
     def teacher(self) -> list[Tensor]:
         """Dense final states of every example; not stored, since a pass of the dense model gives them."""
         return ste.teacher_states(self.model, self.examples, self.config.budget, targets=self.targets)
 
-    def masks(
-        self, ratio: float, scope: str, searched: bool = True, means: Sequence[Tensor] | None = None
-    ) -> list[Tensor]:
-        """Masks from the scores alone, or after the straight-through steps; `means` as in `ste.search`."""
-        scores = self.scores()
-        if not searched or not self.config.steps:
-            return choice.choose(scores, ratio, scope)
+    def masks(self, ratio: float, scope: str, searched: bool = True) -> list[Tensor]:
+        """Masks of channels alone: from their scores, or after the straight-through steps."""
+        start = Start(self.model, self.scores(), ratio, choice.MULTIPLE)
+        return self.searched(start, scope) if searched else choice.choose(start.scores, ratio, scope)
+
+    def searched(self, start: "Start", scope: str, means: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Masks of a start's channels after the straight-through steps; `means` as in `ste.search`."""
         names = ("loss", "steps", "lr", "budget", "seed")
-        settings = ste.Settings(ratio=ratio, scope=scope, **{name: getattr(self.config, name) for name in names})
+        wanted = {name: getattr(self.config, name) for name in names}
+        settings = ste.Settings(ratio=start.ratio, scope=scope, multiple=start.multiple, **wanted)
+        if not settings.steps:
+            return start.masks(scope)
 
         def make() -> list[Tensor]:
-            state = ste.start(scores, scope)
-            return ste.search(self.model, self.examples, state, settings, self.teacher(), means=means)
+            state = ste.start(start.scores, scope)
+            return ste.search(start.model, self.examples, state, settings, self.teacher(), means=means)
 
-        start = (self.config.start, self.config.score_examples, len(self.neutral))
-        name = f"masks-{scope}-{ratio}" + ("-means" if means else "")
-        kept = self._kept(name, make, *start, asdict(settings))
+        data = (self.config.start, self.config.score_examples, len(self.neutral))
+        name = f"masks-{scope}-{start.ratio:.4f}" + ("-means" if means else "")
+        kept = self._kept(name, make, *data, asdict(settings), head_groups(start.model))
         return [mask.bool() for mask in kept]
 
-    def repaired(self, masks: Sequence[Tensor], **options) -> nn.Module:
-        """A cut and repaired copy; `options` are those of `repair_`."""
+    def repaired(self, masks: Sequence[Tensor], base: nn.Module | None = None, **options) -> nn.Module:
+        """A cut and repaired copy of the model, or of `base`; `options` are those of `repair_`."""
         packs = pack(self.examples, TOKENS)
-        return repair_(slim_copy(self.model, masks), self.model, packs, self.config.ridge, **options)
+        return repair_(slim_copy(base or self.model, masks), self.model, packs, self.config.ridge, **options)
+
+
+@dataclass
+class Start:
+    """What channels are cut out of: a model, its channel scores, the ratio of them that is to go and what number the
+    widths are multiples of."""
+
+    model: nn.Module
+    scores: list[Tensor]
+    ratio: float
+    multiple: int
+
+    def masks(self, scope: str = "global") -> list[Tensor]:
+        """By the scores alone."""
+        return choice.choose(self.scores, self.ratio, scope, self.multiple)
 
 
 Method = Callable[[Search, float], nn.Module]
 
 
-def _repaired(scope: str, searched: bool = True) -> Method:
-    return lambda search, ratio: search.repaired(search.masks(ratio, scope, searched))
+def _sculpted(search: Search, ratio: float) -> nn.Module:
+    return search.repaired(search.masks(ratio, "layer"))
 
 
-def _masked(scope: str) -> Method:
-    return lambda search, ratio: slim_copy(search.model, search.masks(ratio, scope))
+def _unsearched(search: Search, ratio: float) -> nn.Module:
+    return search.repaired(search.masks(ratio, "layer", searched=False))
+
+
+def _masked(search: Search, ratio: float) -> nn.Module:
+    return slim_copy(search.model, search.masks(ratio, "layer"))
+
+
+def _wide(search: Search, ratio: float) -> nn.Module:
+    start = search.without_heads(ratio)
+    return search.repaired(search.searched(start, "global"), start.model)
+
+
+def _wide_masked(search: Search, ratio: float) -> nn.Module:
+    start = search.without_heads(ratio)
+    return slim_copy(start.model, search.searched(start, "global"))
 
 
 def _biased(search: Search, ratio: float) -> nn.Module:
-    means = search.means()
-    return slim_copy(search.model, search.masks(ratio, "global", means=means), means)
-
-
-sculpted, wide = _repaired("layer"), _repaired("global")
-unsearched = _repaired("layer", searched=False)
+    start, (means, _) = search.without_heads(ratio, biased=True), search.means()
+    return slim_copy(start.model, search.searched(start, "global", means), means)
 
 
 def _tilted(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(choice.choose(tilted(search.scores()), ratio, "global"))
+    start = search.without_heads(ratio, tilt=True)
+    return search.repaired(start.masks(), start.model)
 
 
 def _recover_(model: nn.Module, search: Search, way: str) -> nn.Module:
@@ -154,16 +206,19 @@ def _two_four(search: Search, masks: Sequence[Tensor], ffn_only: bool = False, t
 
 # Name, how it is made, what is said of it in tables.
 OWN: dict[str, tuple[Method, str]] = {
-    "persona": (sculpted, "scores, straight-through search, repair; equal widths (sculpt's default)"),
-    "persona-mask": (_masked("layer"), "the same without repair: weights untouched"),
-    "persona-scores": (unsearched, "scores and repair without search: a control"),
-    "persona-global": (wide, "search and repair, widths free over layers"),
-    "persona-global-mask": (_masked("global"), "the same without repair: weights untouched"),
+    "persona": (_sculpted, "scores, straight-through search, repair; equal widths (sculpt's default)"),
+    "persona-mask": (_masked, "the same without repair: weights untouched"),
+    "persona-scores": (_unsearched, "scores and repair without search: a control"),
+    "persona-global": (_wide, "search and repair; widths and head groups free over layers"),
+    "persona-global-mask": (_wide_masked, "the same without repair: weights untouched"),
     "persona-global-bias": (
         _biased,
         "weights untouched, and FLAP's bias for what was dropped, which the search knows of",
     ),
-    "persona-global-scores": (_tilted, "scores, later blocks favoured, and repair; no search, widths free"),
+    "persona-global-scores": (
+        _tilted,
+        "scores, later blocks favoured, and repair; no search, widths and head groups free",
+    ),
     "persona-slim-2:4": (
         lambda search, ratio: _two_four(search, search.masks(ratio, "layer")),
         "the channels of persona, and two of every four of their weights as in persona-2:4",
@@ -190,7 +245,7 @@ OWN_24: dict[str, tuple[Method, str]] = {
 TRAINED = ("persona-recovered", "persona-slim-2:4", "persona-2:4", "persona-2:4-ffn")
 SHARED = "shared"
 SHARED_HOW = "one mask and repair for all personas, from as much data: the counterpart of persona-scores"
-METHODS = OWN | OWN_24 | {SHARED: (unsearched, SHARED_HOW)}
+METHODS = OWN | OWN_24 | {SHARED: (_unsearched, SHARED_HOW)}
 
 
 def made(method: str, search: Search, ratio: float) -> nn.Module:

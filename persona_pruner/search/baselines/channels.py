@@ -36,23 +36,24 @@ def wanda(context: Context, ratio: float) -> nn.Module:
 
 
 @torch.no_grad()
-def moments(context: Context) -> tuple[list[Tensor], list[Tensor]]:
-    """(mean, unbiased variance) over calibration tokens of what enters down_proj, float32 [C] a layer."""
-    mlps = models.gated_mlps(context.model)
-    sums = [torch.zeros(2, width, dtype=torch.float64) for width in models.widths(context.model)]
+def moments(context: Context, linears: Sequence[nn.Linear] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """(mean, unbiased variance) over calibration tokens of what enters every layer's down_proj, or these linears of
+    the model: float32 [in] each."""
+    linears = linears or [mlp.down_proj for mlp in models.gated_mlps(context.model)]
+    sums = [torch.zeros(2, linear.in_features, dtype=torch.float64) for linear in linears]
 
     def add(acc: Tensor, h: Tensor) -> None:
         rows = h.reshape(-1, h.shape[-1]).double()
         acc += torch.stack([rows.sum(0), rows.square().sum(0)]).cpu()
 
     hooks = [
-        mlp.down_proj.register_forward_pre_hook(lambda _, args, acc=acc: add(acc, args[0]))
-        for mlp, acc in zip(mlps, sums, strict=True)
+        linear.register_forward_pre_hook(lambda _, args, acc=acc: add(acc, args[0]))
+        for linear, acc in zip(linears, sums, strict=True)
     ]
     count = 0
     try:
         for batch in context.packs:
-            hidden_states(context.model, batch.to(mlps[0].down_proj.weight.device))
+            hidden_states(context.model, batch.to(linears[0].weight.device))
             count += len(batch.input_ids)
             context.step(1)
     finally:
@@ -60,7 +61,7 @@ def moments(context: Context) -> tuple[list[Tensor], list[Tensor]]:
             hook.remove()
     means = [acc[0] / count for acc in sums]
     spreads = [(acc[1] - count * mean.square()) / max(count - 1, 1) for acc, mean in zip(sums, means, strict=True)]
-    device = mlps[0].down_proj.weight.device
+    device = linears[0].weight.device
     return [m.float().to(device) for m in means], [s.clamp_min(0).float().to(device) for s in spreads]
 
 
