@@ -64,7 +64,8 @@ def test_cross_table(study, name, method):
 
 def test_seeds(study):
     found = STUDIES["seeds"](study, 0.5, 2)
-    masks = [study.search(1, seed).masks(0.5, "layer") for seed in (0, 1)]
+    searches = [study.search(1, seed) for seed in (0, 1)]
+    masks = [search.masks(search.even(0.5)) for search in searches]
     assert found["rows"][1] == ["mara, seeds 0 and 1", pytest.approx(agreement(*masks))]
     assert "agree by 0.333" in found["about"]  # half of half over three quarters
 

@@ -60,7 +60,8 @@ def _people(study: Study, least: int = 1) -> range:
 def seeds(study: Study, ratio: float, count: int) -> dict:
     rows = []
     for number in _people(study):
-        masks = [study.search(number, seed).masks(ratio, "layer") for seed in range(max(2, count))]
+        searches = [study.search(number, seed) for seed in range(max(2, count))]
+        masks = [search.masks(search.even(ratio)) for search in searches]
         rows += [
             [f"{study.names[number]}, seeds {a} and {b}", agreement(masks[a], masks[b])]
             for a, b in itertools.combinations(range(len(masks)), 2)
@@ -101,7 +102,8 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 def pairs(study: Study, ratio: float, count: int) -> dict:
     _people(study, 2)
-    masks = [study.search(number, 0).masks(ratio, "layer") for number in _people(study)]
+    searches = [study.search(number, 0) for number in _people(study)]
+    masks = [search.masks(search.even(ratio)) for search in searches]
     states = description_states(study)
     states = states - states.mean(0) if len(states) > 2 else states
     rows = []
@@ -157,7 +159,8 @@ def data(study: Study, ratio: float, count: int) -> dict:
             part = found[number][:: round(1 / share)]  # every n-th: own and bank questions in proportion
             key = files.digest([study.data_key(number, 0, ()), share])
             search = study.search_on(part, 0, f"{study.names[number]}-share-{share:g}", key)
-            masks = [search.masks(ratio, "layer", searched) for searched in (False, True)]
+            channels = search.even(ratio)
+            masks = [channels.best(), search.masks(channels)]
             kls.append([len(part), *(_kl(search.repaired(mask), references[number]) for mask in masks)])
         size, *means = (statistics.fmean(column) for column in zip(*kls, strict=True))
         rows.append([round(size), *means])
@@ -186,8 +189,7 @@ def turns(study: Study, ratio: float, count: int) -> dict:
     for number in _people(study):
         talk = conversation(study, study.material(number, 0))
         references = [metrics.dense_reference(study.model, [example]) for example in talk]
-        search = study.search(number, 0)
-        slices = (search.repaired(search.masks(ratio, "layer")), wanda)
+        slices = (own.made("persona", study.search(number, 0), ratio), wanda)
         kls.append([[_kl(model, reference) for model in slices] for reference in references])
     rows = [[turn + 1, *(statistics.fmean(one[turn][i] for one in kls) for i in (0, 1))] for turn in range(len(kls[0]))]
     about = (
@@ -204,12 +206,12 @@ def estimators(study: Study, ratio: float, count: int) -> dict:
         search, reference = study.search(number, 0), _reference(study, study.material(number, 0))
         names = ("steps", "lr", "budget", "seed")
         settings = ste.Settings(ratio=ratio, **{name: getattr(search.config, name) for name in names})
+        channels = search.even(ratio)
         for kind in kinds:
             if kind in relaxed.KINDS:
-                scores, teacher = search.scores(), search.teacher()
-                masks = relaxed.search(study.model, search.examples, scores, settings, teacher, kind)
+                masks = relaxed.search(study.model, search.examples, channels.scores, settings, search.teacher(), kind)
             else:
-                masks = search.masks(ratio, "layer", searched=kind == "straight-through")
+                masks = search.masks(channels) if kind == "straight-through" else channels.best()
             found[kind].append([_kl(slim_copy(study.model, masks), reference), _kl(search.repaired(masks), reference)])
     rows = [[kind, *(statistics.fmean(kl[i] for kl in kls) for i in (0, 1))] for kind, kls in found.items()]
     steps = study.config(0).steps
@@ -228,8 +230,8 @@ def _slices(study: Study, ratio: float, sources: Mapping[str, Study]) -> list[li
     for name, source in sources.items():
         kls = []
         for number in _people(study):
-            search = source.search(number, 0)
-            kls.append(_kl(search.repaired(search.masks(ratio, "layer")), _reference(study, study.material(number, 0))))
+            slim = own.made("persona", source.search(number, 0), ratio)
+            kls.append(_kl(slim, _reference(study, study.material(number, 0))))
         rows.append([name, statistics.fmean(kls)])
     return rows
 

@@ -24,6 +24,22 @@ from persona_pruner.workspace import Workspace
 RECOVERY_STEPS = 24  # where the setting recovery_steps is 0, sculpt's default
 
 
+@dataclass
+class Channels:
+    """Channels that compete to stay: of which model, their scores, the ratio that is to go, whether they compete within
+    a layer or over all (`masks.SCOPES`), and what number the widths are multiples of."""
+
+    model: nn.Module
+    scores: list[Tensor]
+    ratio: float
+    scope: str
+    multiple: int = choice.MULTIPLE
+
+    def best(self) -> list[Tensor]:
+        """Masks by the scores alone."""
+        return choice.choose(self.scores, self.ratio, self.scope, self.multiple)
+
+
 class Search:
     """What the slices of one persona and one seed share: scores, dense targets, searched masks. Each is made once and
     kept in `work` under `key` (of model and data) and its own settings; `seconds` sums what it took to make those that
@@ -94,40 +110,40 @@ class Search:
         found = self._kept("means", lambda: moments(context, linears)[0], *depends)
         return found[:layers], found[layers:]
 
-    def without_heads(self, ratio: float, tilt: bool = False, biased: bool = False) -> "Start":
-        """What is left once the head groups are gone that are worth less than the channels of `ratio` beside them, both
-        `tilted` or not; `biased`: a bias stands in for them."""
+    def even(self, ratio: float) -> Channels:
+        """The same number of channels in every layer, attention left whole."""
+        return Channels(self.model, self.scores(), ratio, "layer")
+
+    def free(self, ratio: float, tilt: bool = False, biased: bool = False) -> Channels:
+        """Channels over all layers, once the head groups are gone that are worth less than they; the scores of both are
+        `tilted` or not. `biased`: a bias stands in for the groups."""
         channels, heads = (tilted(part) if tilt else part for part in self._scores())
         if not heads:
-            return Start(self.model, channels, ratio, choice.MULTIPLE)
+            return Channels(self.model, channels, ratio, "global")
         kept, left = choice.drop_heads(channels, heads, ratio, group_cost(self.model))
         base = cut_heads_(copy.deepcopy(self.model), kept, self.means()[1] if biased else None)
-        return Start(base, channels, left, 1)
+        return Channels(base, channels, left, "global", 1)
 
     def teacher(self) -> list[Tensor]:
         """Dense final states of every example; not stored, since a pass of the dense model gives them."""
         return ste.teacher_states(self.model, self.examples, self.config.budget, targets=self.targets)
 
-    def masks(self, ratio: float, scope: str, searched: bool = True) -> list[Tensor]:
-        """Masks of channels alone: from their scores, or after the straight-through steps."""
-        start = Start(self.model, self.scores(), ratio, choice.MULTIPLE)
-        return self.searched(start, scope) if searched else choice.choose(start.scores, ratio, scope)
-
-    def searched(self, start: "Start", scope: str, means: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Masks of a start's channels after the straight-through steps; `means` as in `ste.search`."""
+    def masks(self, channels: Channels, means: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Masks after the straight-through steps; `means` as in `ste.search`."""
         names = ("loss", "steps", "lr", "budget", "seed")
         wanted = {name: getattr(self.config, name) for name in names}
-        settings = ste.Settings(ratio=start.ratio, scope=scope, multiple=start.multiple, **wanted)
+        wanted |= {name: getattr(channels, name) for name in ("ratio", "scope", "multiple")}
+        settings = ste.Settings(**wanted)
         if not settings.steps:
-            return start.masks(scope)
+            return channels.best()
 
         def make() -> list[Tensor]:
-            state = ste.start(start.scores, scope)
-            return ste.search(start.model, self.examples, state, settings, self.teacher(), means=means)
+            state = ste.start(channels.scores, channels.scope)
+            return ste.search(channels.model, self.examples, state, settings, self.teacher(), means=means)
 
         data = (self.config.start, self.config.score_examples, len(self.neutral))
-        name = f"masks-{scope}-{start.ratio:.4f}" + ("-means" if means else "")
-        kept = self._kept(name, make, *data, asdict(settings), head_groups(start.model))
+        name = f"masks-{channels.scope}-{channels.ratio:.4f}" + ("-means" if means else "")
+        kept = self._kept(name, make, *data, asdict(settings), head_groups(channels.model))
         return [mask.bool() for mask in kept]
 
     def repaired(self, masks: Sequence[Tensor], base: nn.Module | None = None, **options) -> nn.Module:
@@ -136,54 +152,39 @@ class Search:
         return repair_(slim_copy(base or self.model, masks), self.model, packs, self.config.ridge, **options)
 
 
-@dataclass
-class Start:
-    """What channels are cut out of: a model, its channel scores, the ratio of them that is to go and what number the
-    widths are multiples of."""
-
-    model: nn.Module
-    scores: list[Tensor]
-    ratio: float
-    multiple: int
-
-    def masks(self, scope: str = "global") -> list[Tensor]:
-        """By the scores alone."""
-        return choice.choose(self.scores, self.ratio, scope, self.multiple)
-
-
 Method = Callable[[Search, float], nn.Module]
 
 
 def _sculpted(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(search.masks(ratio, "layer"))
+    return search.repaired(search.masks(search.even(ratio)))
 
 
 def _unsearched(search: Search, ratio: float) -> nn.Module:
-    return search.repaired(search.masks(ratio, "layer", searched=False))
+    return search.repaired(search.even(ratio).best())
 
 
 def _masked(search: Search, ratio: float) -> nn.Module:
-    return slim_copy(search.model, search.masks(ratio, "layer"))
+    return slim_copy(search.model, search.masks(search.even(ratio)))
 
 
 def _wide(search: Search, ratio: float) -> nn.Module:
-    start = search.without_heads(ratio)
-    return search.repaired(search.searched(start, "global"), start.model)
+    channels = search.free(ratio)
+    return search.repaired(search.masks(channels), channels.model)
 
 
 def _wide_masked(search: Search, ratio: float) -> nn.Module:
-    start = search.without_heads(ratio)
-    return slim_copy(start.model, search.searched(start, "global"))
+    channels = search.free(ratio)
+    return slim_copy(channels.model, search.masks(channels))
 
 
 def _biased(search: Search, ratio: float) -> nn.Module:
-    start, (means, _) = search.without_heads(ratio, biased=True), search.means()
-    return slim_copy(start.model, search.searched(start, "global", means), means)
+    channels, (means, _) = search.free(ratio, biased=True), search.means()
+    return slim_copy(channels.model, search.masks(channels, means), means)
 
 
 def _tilted(search: Search, ratio: float) -> nn.Module:
-    start = search.without_heads(ratio, tilt=True)
-    return search.repaired(start.masks(), start.model)
+    channels = search.free(ratio, tilt=True)
+    return search.repaired(channels.best(), channels.model)
 
 
 def _recover_(model: nn.Module, search: Search, way: str) -> nn.Module:
@@ -220,7 +221,7 @@ OWN: dict[str, tuple[Method, str]] = {
         "scores, later blocks favoured, and repair; no search, widths and head groups free",
     ),
     "persona-slim-2:4": (
-        lambda search, ratio: _two_four(search, search.masks(ratio, "layer")),
+        lambda search, ratio: _two_four(search, search.masks(search.even(ratio))),
         "the channels of persona, and two of every four of their weights as in persona-2:4",
     ),
     "persona-recovered": (
