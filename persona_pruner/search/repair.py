@@ -140,7 +140,7 @@ def repair_(
     replace: Replace | None = None,
     ffn_only: bool = False,
 ) -> nn.Module:
-    """Refits W_o and W_down of `slim`, in place: `dense` without some of its FFN channels or none, weights untouched.
+    """Refits W_o and W_down of `slim`, in place: `dense` without some of its FFN channels or heads, weights untouched.
 
     `replace` is for a pattern of weights such as 2:4: every linear of the blocks goes through it, with `ffn_only` those
     of the FFN alone (W_o is refitted all the same). `share` is `SHARE` by default, and 0 for models that norm or scale

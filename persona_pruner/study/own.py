@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from persona_pruner import files, models
 from persona_pruner.config import SculptConfig
 from persona_pruner.generic import Generic
+from persona_pruner.memory import trim
 from persona_pruner.nn import attentions, cut_heads_, group_cost, head_groups, slim_copy
 from persona_pruner.packing import Example, evenly, pack
 from persona_pruner.search import masks as choice
@@ -149,7 +150,9 @@ class Search:
     def repaired(self, masks: Sequence[Tensor], base: nn.Module | None = None, **options) -> nn.Module:
         """A cut and repaired copy of the model, or of `base`; `options` are those of `repair_`."""
         packs = pack(self.examples, TOKENS)
-        return repair_(slim_copy(base or self.model, masks), self.model, packs, self.config.ridge, **options)
+        slim = repair_(slim_copy(base or self.model, masks), self.model, packs, self.config.ridge, **options)
+        trim()  # the states of all examples: gigabytes, in pieces that a recovery after it would hardly use again
+        return slim
 
 
 Method = Callable[[Search, float], nn.Module]
