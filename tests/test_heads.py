@@ -151,3 +151,7 @@ def test_what_cannot_be_cut():
     assert attentions(model) == [] and head_groups(model) == []
     with pytest.raises(InputError, match="the model has none"):
         cut_heads_(model, every)
+    model = tiny_model("qwen3")  # a norm of each head; in OLMo 2 it is one of all heads together
+    assert len(head_groups(model)) == 3
+    model.model.layers[2].self_attn.q_norm = nn.RMSNorm(model.model.layers[2].self_attn.q_proj.out_features)
+    assert head_groups(model) == []

@@ -20,10 +20,18 @@ PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """The attention of every layer; none at all where one is not made of dense q_proj, k_proj, v_proj and o_proj."""
+    """The attention of every layer; none at all where one is not made of dense q_proj, k_proj, v_proj and o_proj, or
+    has parameters that are not the same for all heads (norms over all of them, sinks)."""
     found = [getattr(layer, "self_attn", None) for layer in models.decoder_layers(model)]
-    plain = all(type(getattr(attention, part, None)) is nn.Linear for attention in found for part in PARTS)
-    return found if plain and all(hasattr(attention, "head_dim") for attention in found) else []
+    return found if all(_plain(attention) for attention in found) else []
+
+
+def _plain(attention: nn.Module | None) -> bool:
+    if not all(type(getattr(attention, part, None)) is nn.Linear for part in PARTS):
+        return False
+    others = [p for name, p in attention.named_parameters() if name.partition(".")[0] not in PARTS]
+    size = getattr(attention, "head_dim", None)
+    return size is not None and all(p.shape == (size,) for p in others)
 
 
 def head_groups(model: nn.Module) -> list[int]:
