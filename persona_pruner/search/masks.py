@@ -8,8 +8,8 @@ from torch import Tensor
 from persona_pruner.errors import InputError
 
 # How much of its score a head group goes by: the scores of channels that go together sum up to less than they cost.
-# Two published personas at 25%, by 1 (6 groups), 0.77 (10) and 0.7 (14): repaired KL 0.248 and 0.187, 0.232 and 0.184,
-# 0.230 and 0.194; without groups 0.250 and 0.207 (docs/levers.md).
+# Two published personas at 25%, 6, 10 and 14 of 90 groups gone (by about 1, 0.77 and 0.7): repaired KL 0.248 and
+# 0.187, 0.232 and 0.184, 0.230 and 0.194; without groups 0.250 and 0.207 (docs/levers.md).
 HEADS = 0.77
 MULTIPLE = 64  # widths that 2:4 tiles, tensor parallelism and GGUF row blocks can all use
 

@@ -82,7 +82,7 @@ class Search:
         device = self.model.get_input_embeddings().weight.device
         return [stored[str(i)].to(device) for i in range(len(stored) - 1)]
 
-    def _scores(self) -> tuple[list[Tensor], list[Tensor]]:
+    def scores(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of every layer's channels; and of its head groups, where there are any and the start is Fisher."""
         config = self.config
         heads = config.start == "fisher" and bool(head_groups(self.model))
@@ -97,9 +97,6 @@ class Search:
         layers = len(models.decoder_layers(self.model))
         return found[:layers], found[layers:]
 
-    def scores(self) -> list[Tensor]:
-        return self._scores()[0]
-
     def means(self) -> tuple[list[Tensor], list[Tensor]]:
         """Mean over the tokens that scores are taken from of what enters every layer's down_proj, and its o_proj where
         there are head groups."""
@@ -113,12 +110,12 @@ class Search:
 
     def even(self, ratio: float) -> Channels:
         """The same number of channels in every layer, attention left whole."""
-        return Channels(self.model, self.scores(), ratio, "layer")
+        return Channels(self.model, self.scores()[0], ratio, "layer")
 
     def free(self, ratio: float, tilt: bool = False, biased: bool = False) -> Channels:
         """Channels over all layers, once the head groups are gone that are worth less than they; the scores of both are
         `tilted` or not. `biased`: a bias stands in for the groups."""
-        channels, heads = (tilted(part) if tilt else part for part in self._scores())
+        channels, heads = (tilted(part) if tilt else part for part in self.scores())
         if not heads:
             return Channels(self.model, channels, ratio, "global")
         kept, left = choice.drop_heads(channels, heads, ratio, group_cost(self.model))
