@@ -45,6 +45,7 @@ class SculptConfig(BaseModel):
         le=32,
         description="neutral texts in scores, search, repair and recovery, for what is not the persona's",
     )
+    neutral_weight: float = Field(0.4, ge=0, description="what they count in scores and search beside the persona's 1")
     recovery_steps: int = Field(0, ge=0, description="steps of KL to the dense model after the repair")
     recovery: Literal["weights", "lora"] = Field("weights", description="what they train; lora needs the extra peft")
 

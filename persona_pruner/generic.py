@@ -98,12 +98,13 @@ class Generic:
         packs: Sequence[Pack],
         method: str,
         count: int,
+        weight: float,
         budget: int,
         seed: int,
         heads: bool = False,
     ) -> list[Tensor]:
-        """`scores.balanced` of a persona's scores by `method` and those of the first `count` texts; with 0 texts the
-        persona's alone. `heads`: there are head groups among them."""
+        """`scores.balanced` of a persona's scores by `method` and those of the first `count` texts by `weight`; with 0
+        texts the persona's alone. `heads`: there are head groups among them."""
         if not count:
             return list(own)
         neutral = pack(self.examples(count), budget)
@@ -115,7 +116,7 @@ class Generic:
 
         stored = self._tensors(f"scores-{method}", key, make)
         scores = [stored[str(layer)].to(score.device) for layer, score in enumerate(own)]
-        return balanced(own, packs, scores, neutral)
+        return balanced(own, packs, scores, neutral, weight)
 
     def pruned(self, name: str) -> nn.Module:
         """A copy pruned by one of `search.baselines` that has one ratio, on generic calibration text; never stored."""

@@ -43,6 +43,7 @@ from persona_pruner.workspace import Workspace
 BASELINES = ("magnitude", "wanda", "taylor")
 TWO_FOUR = "sparsegpt-2:4"  # the baseline where no channel goes
 MASK_ONLY = "persona-pruner, mask only"
+NEUTRAL = ("neutral_examples", "neutral_weight")
 SAVE_EVERY = 8  # search steps between stored states
 ALWAYS = (f"persona{SUFFIX}", "run.yaml", "metrics.json", "report.html", "README.md")
 CHECKPOINTS = ("slim", "packed")
@@ -64,7 +65,7 @@ def _scores(
     """Channel scores on persona and neutral examples, which the search starts from, and the dense targets of both, as
     far as they were seen on the way."""
     config = run.config
-    key = files.digest([before, run.settings("start", "score_examples", "neutral_examples", "seed", "budget")])
+    key = files.digest([before, run.settings("start", "score_examples", *NEUTRAL, "seed", "budget")])
     device = run.model.get_input_embeddings().weight.device
     stored, targets = run.work.read_tensors("scores", key), ste.Targets([*calibration, *neutral])
     packs = pack(calibration, config.budget, evenly(len(calibration), config.score_examples))
@@ -73,16 +74,18 @@ def _scores(
             found = channel_scores(config.start, Context(run.model, packs, config.seed, step, targets.add))
         if neutral:
             with run.progress.stage("channel scores of neutral prose", 1):
-                found = run.generic.balanced(found, packs, config.start, len(neutral), config.budget, config.seed)
+                settings = (config.start, len(neutral), config.neutral_weight, config.budget, config.seed)
+                found = run.generic.balanced(found, packs, *settings)
         stored = {str(layer): score for layer, score in enumerate(found)}
         run.work.write_tensors("scores", key, stored)
     return [stored[str(layer)].to(device) for layer in range(len(stored))], targets
 
 
 def _search(
-    run: Run, examples: list[Example], scores: list[Tensor], targets: ste.Targets, before: str
+    run: Run, examples: list[Example], neutral: int, scores: list[Tensor], targets: ste.Targets, before: str
 ) -> tuple[list[Tensor], ste.State]:
-    """The mask after the straight-through steps, and the state with its curve; the state is stored on the way."""
+    """The mask after the straight-through steps, and the state with its curve; the state is stored on the way. The last
+    `neutral` examples are neutral prose."""
     config = run.config
     names = ("ratio", "scope", "loss", "steps", "lr", "budget", "seed")
     settings = ste.Settings(**run.settings(*names))
@@ -91,10 +94,10 @@ def _search(
     if (stored := run.work.read_tensors("search", key)) is not None:
         state = ste.State.from_tensors(stored, scores[0].device)
     if config.steps and state.done < config.steps:
-        teacher = targets.states
         if config.loss == "kl" and (missing := targets.missing()):
             with run.progress.stage("dense targets", len(pack(examples, config.budget, missing))) as step:
                 ste.teacher_states(run.model, examples, config.budget, step, targets)
+        examples, teacher = ste.weighed(examples, targets.states, neutral, config.neutral_weight)
         with run.progress.stage("straight-through search", config.steps) as step:
             step(state.done)
 
@@ -289,8 +292,8 @@ def sculpt(
     masks, state, scores = everything(model), ste.State([], [], []), []
     if config.ratio:
         scores, targets = _scores(run, calibration, neutral, root)
-        start = files.digest([root, run.settings("start", "score_examples", "neutral_examples")])
-        masks, state = _search(run, examples, scores, targets, start)
+        start = files.digest([root, run.settings("start", "score_examples", *NEUTRAL)])
+        masks, state = _search(run, examples, len(neutral), scores, targets, start)
 
     finished = files.digest([root, held_out, persona.name, persona.greeting(), run.base, config.dump()])
     whole = folder and all((folder / name).exists() for name in made(config))

@@ -5,7 +5,6 @@ import torch
 
 from persona_pruner.errors import InputError
 from persona_pruner.search.masks import (
-    HEADS,
     agreement,
     check_ratio,
     choose,
@@ -128,7 +127,7 @@ def test_head_groups_compete_with_channels():
     """Of 2 x 40 channels 1, 2, ... half go, a group weighs five: beside two groups 30 channels, and at most one more a
     layer."""
     channels = [torch.arange(1.0, 80, 2), torch.arange(2.0, 81, 2)]
-    cheap, dear = 5 * 31 / HEADS - 1, 5 * 36 / HEADS + 1
+    cheap, dear = 5 * 31 - 1, 5 * 36 + 1
     kept, left = drop_heads(channels, [torch.tensor([cheap, dear]), torch.tensor([NAN, cheap])], 0.5, 5)
     assert [mask.tolist() for mask in kept] == [[False, True], [True, False]]
     assert sum(int((~mask).sum()) for mask in choose(channels, left, "global", 1)) in (30, 31, 32)

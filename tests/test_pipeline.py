@@ -410,6 +410,11 @@ def test_neutral_prose_among_the_data(tmp_path, monkeypatch):
     (shared,) = (tmp_path / "shared").glob("scores-fisher-*.safetensors")
     again = sculpt(tmp_path / "again", neutral_examples=2, **settings)
     assert again.metrics["methods"][0] == both.metrics["methods"][0] and shared.exists()
+    sculpt(tmp_path / "both", neutral_examples=2, neutral_weight=20, **settings)  # the stored scores are of another
+    heavy = load_file(tmp_path / "both" / "stages" / "scores.safetensors")
+    assert all((heavy[k] > v).any() for k, v in scores[1].items())
+    assert len(searched[3]) - len(searched[1]) in range(2, 200, 2) and searched[3][-2:] == searched[1][-2:]
+    assert len(list((tmp_path / "shared").glob("scores-fisher-*.safetensors"))) == 1
 
 
 def test_recovery_follows_the_repair(tmp_path):

@@ -8,7 +8,7 @@ from persona_pruner import models
 from persona_pruner.errors import InputError
 from persona_pruner.packing import hidden_states, logits, pack
 from persona_pruner.search.losses import draw
-from persona_pruner.search.scores import NEUTRAL, SCORES, Context, balanced, channel_scores
+from persona_pruner.search.scores import SCORES, Context, balanced, channel_scores, repeats
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
 
 
@@ -127,9 +127,12 @@ def test_neutral_prose_counts_for_a_share_whatever_its_length():
     own, neutral = [torch.tensor([1.0, 2.0])], [torch.tensor([10.0, 40.0])]
     mine, texts = pack(tiny_examples(6)), pack(tiny_examples(2, seed=5))
     count = [sum(len(batch.predict) for batch in packs) for packs in (mine, texts)]
-    (found,) = balanced(own, mine, neutral, texts)
-    torch.testing.assert_close(
-        found, torch.tensor([1.0, 2.0]) + NEUTRAL * count[0] / count[1] * torch.tensor([10.0, 40.0])
-    )
-    (twice,) = balanced(own, mine, [2 * neutral[0]], [*texts, *texts])
+    (found,) = balanced(own, mine, neutral, texts, 0.3)
+    torch.testing.assert_close(found, torch.tensor([1.0, 2.0]) + 0.3 * count[0] / count[1] * torch.tensor([10.0, 40.0]))
+    (twice,) = balanced(own, mine, [2 * neutral[0]], [*texts, *texts], 0.3)
     torch.testing.assert_close(twice, found)
+
+
+def test_neutral_prose_is_repeated_up_to_its_weight():
+    assert [repeats(1000, 100, weight) for weight in (0, 0.1, 0.24, 0.26, 1)] == [1, 1, 2, 3, 10]
+    assert repeats(50, 100, 0.4) == repeats(50, 0, 0.4) == 1

@@ -8,7 +8,7 @@ import torch
 from persona_pruner import models
 from persona_pruner.errors import InputError
 from persona_pruner.nn import masked
-from persona_pruner.packing import answer_states, pack
+from persona_pruner.packing import Example, answer_states, pack
 from persona_pruner.search.masks import choose
 from persona_pruner.search.scores import Context, channel_scores
 from persona_pruner.search.ste import (
@@ -21,6 +21,7 @@ from persona_pruner.search.ste import (
     standardised,
     start,
     teacher_states,
+    weighed,
 )
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model
 
@@ -175,6 +176,15 @@ def test_only_missing_states_are_computed():
     assert states is targets.states and not targets.missing() and sum(told) == len(pack(examples, 50, [0, 2, 3, 5, 6]))
     for state, other in zip(states, want, strict=True):
         torch.testing.assert_close(state, other, rtol=1e-5, atol=5e-5)
+
+
+def test_neutral_prose_comes_as_often_as_its_weight_asks():
+    examples = [Example([1], [2] * 30), Example([3], [4] * 20), Example([5], [6] * 6), Example([7], [8] * 4)]
+    states = [torch.full((1, 1), float(row)) for row in range(4)]
+    for weight, rows in ((0.0, [0, 1, 2, 3]), (0.4, [0, 1, 2, 3, 2, 3]), (0.6, [0, 1] + [2, 3] * 3)):
+        found, teacher = weighed(examples, states, 2, weight)
+        assert found == [examples[row] for row in rows] and [int(state) for state in teacher] == rows
+    assert weighed(examples, states, 0, 0.4) == (examples, states)
 
 
 def test_two_personas_searched_in_one_process_share_the_weights():

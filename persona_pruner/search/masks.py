@@ -7,10 +7,6 @@ from torch import Tensor
 
 from persona_pruner.errors import InputError
 
-# How much of its score a head group goes by: the scores of channels that go together sum up to less than they cost.
-# Two published personas at 25%, 6, 10 and 14 of 90 groups gone (by about 1, 0.77 and 0.7): repaired KL 0.248 and
-# 0.187, 0.232 and 0.184, 0.230 and 0.194; without groups 0.250 and 0.207 (docs/levers.md).
-HEADS = 0.77
 MULTIPLE = 64  # widths that 2:4 tiles, tensor parallelism and GGUF row blocks can all use
 
 
@@ -75,8 +71,8 @@ def drop_heads(
     without: `choose` with that ratio and multiple 1 drops so many channels more.
 
     channels: float32 [C] a layer; heads: float32 [G] a layer, of the same kind; cost: how many channels have as many
-    weights as a group. The group with the lowest score goes as long as HEADS times that is below cost times the score
-    of the channel that would go next; every layer keeps one.
+    weights as a group. The group with the lowest score goes as long as that is below cost times the score of the
+    channel that would go next; every layer keeps one.
     """
     flat = torch.cat(list(channels)).nan_to_num(nan=-torch.inf).sort().values
     goal = sum(len(layer) - kept_width(len(layer), ratio) for layer in channels)
@@ -85,7 +81,7 @@ def drop_heads(
     known = [scores.nan_to_num(nan=torch.inf).tolist() for scores in heads]
     for score, layer, group in sorted((s, n, g) for n, scores in enumerate(known) for g, s in enumerate(scores)):
         left = goal - (dropped + 1) * cost
-        if left < 1 or HEADS * score >= cost * flat[int(left)]:
+        if left < 1 or score >= cost * flat[int(left)]:
             break
         if kept[layer].sum() > 1:
             kept[layer][group], dropped = False, dropped + 1

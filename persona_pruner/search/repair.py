@@ -31,6 +31,10 @@ from persona_pruner.search.layerwise import Grams, Replace, block_inputs, run_bl
 SHARE = 0.5  # blacksmith, 25%, 190 answers: held-out KL 0.221; W_down alone by dense inputs 0.255; 1 gave 0.231
 # Two personas, 25%, 160 answers: KL on others of their own questions 3% and 5% below that of 0 (docs/levers.md).
 TILT = 0.65
+# What a head group's score counts beside those of channels where a repair follows; where none does, 1 (docs/levers.md).
+# Two published personas at 25%, 6, 10 and 14 of 90 groups gone (by about 1, 0.77 and 0.7): repaired KL 0.248 and
+# 0.187, 0.232 and 0.184, 0.230 and 0.194; without groups 0.250 and 0.207.
+HEADS = 0.77
 TOKENS = 6144  # of a pack: nothing is held for a gradient here, and every pack computes the prompt anew
 PROMPT_WEIGHT = 0.02  # of a shared-prefix token: it stands in every pack, and answers are what must stay right
 

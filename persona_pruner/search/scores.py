@@ -14,10 +14,6 @@ from persona_pruner.ops import column_sqnorm_
 from persona_pruner.packing import Pack, answer_states, hidden_states
 from persona_pruner.search.losses import cross_entropy, sampled_cross_entropy
 
-# One published persona at 25%: as much KL as without neutral prose, and neutral text loses a third less; with 1 another
-# 7% less, and the KL is 4% larger (docs/levers.md).
-NEUTRAL = 0.4
-
 
 def _zeros(model: nn.Module) -> list[Tensor]:
     device = model.get_input_embeddings().weight.device
@@ -127,17 +123,27 @@ def fisher(context: Context) -> list[Tensor]:
     return channels + groups
 
 
+def predicted(packs: Sequence[Pack]) -> int:
+    return sum(len(batch.predict) for batch in packs)
+
+
 def balanced(
-    own: Sequence[Tensor], packs: Sequence[Pack], neutral: Sequence[Tensor], neutral_packs: Sequence[Pack]
+    own: Sequence[Tensor],
+    packs: Sequence[Pack],
+    neutral: Sequence[Tensor],
+    neutral_packs: Sequence[Pack],
+    weight: float,
 ) -> list[Tensor]:
-    """Scores of the persona's data plus those of neutral prose, which as a whole weighs NEUTRAL times as much, however
+    """Scores of the persona's data plus those of neutral prose, which as a whole weighs `weight` times as much, however
     long it is. own, neutral: float32 [C] a layer, or groups, sums over the tokens of the packs beside them."""
-
-    def predicted(packs: Sequence[Pack]) -> int:
-        return sum(len(batch.predict) for batch in packs)
-
-    share = NEUTRAL * predicted(packs) / predicted(neutral_packs)
+    share = weight * predicted(packs) / predicted(neutral_packs)
     return [mine + share * other for mine, other in zip(own, neutral, strict=True)]
+
+
+def repeats(own: int, neutral: int, weight: float) -> int:
+    """How often neutral prose is taken where it cannot be weighed, to have about `weight` times as many predicted
+    tokens as the persona's data: once at least. own, neutral: predicted tokens of either."""
+    return max(1, round(weight * own / neutral)) if neutral else 1
 
 
 SCORES: dict[str, Callable[[Context], list[Tensor]]] = {

@@ -16,7 +16,7 @@ from persona_pruner.nn import masked
 from persona_pruner.packing import Example, Pack, answer_states, pack
 from persona_pruner.search import masks as choice
 from persona_pruner.search.losses import cross_entropy, divergence
-from persona_pruner.search.scores import everything
+from persona_pruner.search.scores import everything, repeats
 
 LOSSES = ("kl", "ce")
 
@@ -121,6 +121,17 @@ def teacher_states(
             targets.add(batch, answer_states(model, batch))
             step(1)
     return targets.states
+
+
+def weighed(
+    examples: Sequence[Example], teacher: Sequence[Tensor | None], neutral: int, weight: float
+) -> tuple[list[Example], list[Tensor | None]]:
+    """Examples and their dense states for a search, the last `neutral` of them, which are neutral prose, as often as
+    `repeats` says."""
+    own = len(examples) - neutral
+    count = [sum(len(example.answer) for example in part) for part in (examples[:own], examples[own:])]
+    again = repeats(*count, weight) - 1
+    return [*examples, *[*examples[own:]] * again], [*teacher, *[*teacher[own:]] * again]
 
 
 def search(

@@ -206,10 +206,10 @@ def estimators(study: Study, ratio: float, count: int) -> dict:
         search, reference = study.search(number, 0), _reference(study, study.material(number, 0))
         names = ("steps", "lr", "budget", "seed")
         settings = ste.Settings(ratio=ratio, **{name: getattr(search.config, name) for name in names})
-        channels = search.even(ratio)
+        channels, (examples, teacher) = search.even(ratio), search.weighed()
         for kind in kinds:
             if kind in relaxed.KINDS:
-                masks = relaxed.search(study.model, search.examples, channels.scores, settings, search.teacher(), kind)
+                masks = relaxed.search(study.model, examples, channels.scores, settings, teacher, kind)
             else:
                 masks = search.masks(channels) if kind == "straight-through" else channels.best()
             found[kind].append([_kl(slim_copy(study.model, masks), reference), _kl(search.repaired(masks), reference)])

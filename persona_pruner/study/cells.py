@@ -26,15 +26,25 @@ from persona_pruner.persona import Persona
 from persona_pruner.progress import Progress
 from persona_pruner.search import repair
 from persona_pruner.search.baselines import BASELINES, prune
-from persona_pruner.search.masks import HEADS
-from persona_pruner.search.scores import NEUTRAL, Context
+from persona_pruner.search.scores import Context
 from persona_pruner.study import own
 from persona_pruner.study.fence import fenced
 from persona_pruner.study.measure import Yardstick, cost
 from persona_pruner.study.plan import Build
 from persona_pruner.workspace import Workspace
 
-SEARCH = ("start", "score_examples", "neutral_examples", "loss", "steps", "lr", "budget", "ridge", "seed")
+SEARCH = (
+    "start",
+    "score_examples",
+    "neutral_examples",
+    "neutral_weight",
+    "loss",
+    "steps",
+    "lr",
+    "budget",
+    "ridge",
+    "seed",
+)
 LAYOUT = 2  # of a cell; another number makes stored cells void
 
 
@@ -142,7 +152,7 @@ def _cell_key(study: Study, build: Build, target: int) -> str:
     elif build.calibration == "shared":
         parts += [study.data_key(n, build.seed) for n in range(len(study.names))]
     if build.method not in BASELINES:
-        parts.append([repair.SHARE, repair.TILT, NEUTRAL, HEADS])
+        parts.append([repair.SHARE, repair.TILT, repair.HEADS])
     if build.method in own.TRAINED:
         config = study.config(build.seed)
         parts.append([own.RECOVERY_STEPS, config.recovery_steps, config.recovery])

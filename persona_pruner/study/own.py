@@ -18,8 +18,8 @@ from persona_pruner.search import masks as choice
 from persona_pruner.search import recovery, ste
 from persona_pruner.search.baselines import two_four
 from persona_pruner.search.baselines.channels import moments
-from persona_pruner.search.repair import TOKENS, repair_, tilted
-from persona_pruner.search.scores import Context, channel_scores, everything
+from persona_pruner.search.repair import HEADS, TOKENS, repair_, tilted
+from persona_pruner.search.scores import Context, channel_scores, everything, predicted, repeats
 from persona_pruner.workspace import Workspace
 
 RECOVERY_STEPS = 24  # where the setting recovery_steps is 0, sculpt's default
@@ -92,19 +92,25 @@ class Search:
             return channel_scores(config.start, context)
 
         found = self._kept(f"scores-{config.start}", make, config.score_examples, heads)
-        settings = (config.start, len(self.neutral), config.budget, config.seed, heads)
+        settings = (config.start, len(self.neutral), config.neutral_weight, config.budget, config.seed, heads)
         found = self.generic.balanced(found, self.score_packs, *settings)
         layers = len(models.decoder_layers(self.model))
         return found[:layers], found[layers:]
 
+    def _neutral(self) -> tuple[int, float]:
+        """What stored tensors depend on of the neutral texts."""
+        return len(self.neutral), self.config.neutral_weight
+
     def means(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Mean over the tokens that scores are taken from of what enters every layer's down_proj, and its o_proj where
-        there are head groups."""
-        context = Context(self.model, [*self.score_packs, *pack(self.neutral, self.config.budget)])
+        """Mean over the tokens that scores are taken from, neutral texts as often as their weight asks, of what enters
+        every layer's down_proj, and its o_proj where there are head groups."""
+        neutral = pack(self.neutral, self.config.budget)
+        times = repeats(predicted(self.score_packs), predicted(neutral), self.config.neutral_weight)
+        context = Context(self.model, [*self.score_packs, *neutral * times])
         linears = [mlp.down_proj for mlp in models.gated_mlps(self.model)]
         layers = len(linears)
         linears += [attention.o_proj for attention in attentions(self.model)]
-        depends = (self.config.score_examples, len(self.neutral))
+        depends = (self.config.score_examples, *self._neutral())
         found = self._kept("means", lambda: moments(context, linears)[0], *depends)
         return found[:layers], found[layers:]
 
@@ -112,10 +118,11 @@ class Search:
         """The same number of channels in every layer, attention left whole."""
         return Channels(self.model, self.scores()[0], ratio, "layer")
 
-    def free(self, ratio: float, tilt: bool = False, biased: bool = False) -> Channels:
-        """Channels over all layers, once the head groups are gone that are worth less than they; the scores of both are
-        `tilted` or not. `biased`: a bias stands in for the groups."""
+    def free(self, ratio: float, repair: bool = False, tilt: bool = False, biased: bool = False) -> Channels:
+        """Channels over all layers, once the head groups are gone that are worth less than they, by HEADS where a
+        `repair` follows; the scores of both are `tilted` or not. `biased`: a bias stands in for the groups."""
         channels, heads = (tilted(part) if tilt else part for part in self.scores())
+        heads = [HEADS * part for part in heads] if repair else heads
         if not heads:
             return Channels(self.model, channels, ratio, "global")
         kept, left = choice.drop_heads(channels, heads, ratio, group_cost(self.model))
@@ -125,6 +132,10 @@ class Search:
     def teacher(self) -> list[Tensor]:
         """Dense final states of every example; not stored, since a pass of the dense model gives them."""
         return ste.teacher_states(self.model, self.examples, self.config.budget, targets=self.targets)
+
+    def weighed(self) -> tuple[list[Example], list[Tensor]]:
+        """What a search sees: all examples, neutral texts as often as their weight asks, and their dense states."""
+        return ste.weighed(self.examples, self.teacher(), len(self.neutral), self.config.neutral_weight)
 
     def masks(self, channels: Channels, means: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Masks after the straight-through steps; `means` as in `ste.search`."""
@@ -137,9 +148,10 @@ class Search:
 
         def make() -> list[Tensor]:
             state = ste.start(channels.scores, channels.scope)
-            return ste.search(channels.model, self.examples, state, settings, self.teacher(), means=means)
+            examples, teacher = self.weighed()
+            return ste.search(channels.model, examples, state, settings, teacher, means=means)
 
-        data = (self.config.start, self.config.score_examples, len(self.neutral))
+        data = (self.config.start, self.config.score_examples, *self._neutral())
         name = f"masks-{channels.scope}-{channels.ratio:.4f}" + ("-means" if means else "")
         kept = self._kept(name, make, *data, asdict(settings), head_groups(channels.model))
         return [mask.bool() for mask in kept]
@@ -168,7 +180,7 @@ def _masked(search: Search, ratio: float) -> nn.Module:
 
 
 def _wide(search: Search, ratio: float) -> nn.Module:
-    channels = search.free(ratio)
+    channels = search.free(ratio, repair=True)
     return search.repaired(search.masks(channels), channels.model)
 
 
@@ -183,7 +195,7 @@ def _biased(search: Search, ratio: float) -> nn.Module:
 
 
 def _tilted(search: Search, ratio: float) -> nn.Module:
-    channels = search.free(ratio, tilt=True)
+    channels = search.free(ratio, repair=True, tilt=True)
     return search.repaired(channels.best(), channels.model)
 
 
