@@ -124,6 +124,7 @@ def fisher(context: Context) -> list[Tensor]:
 
 
 def predicted(packs: Sequence[Pack]) -> int:
+    """Tokens that these packs predict."""
     return sum(len(batch.predict) for batch in packs)
 
 
