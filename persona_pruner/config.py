@@ -45,8 +45,8 @@ class SculptConfig(BaseModel):
         le=32,
         description="neutral texts in scores, search, repair and recovery, for what is not the persona's",
     )
-    # One published persona at 25%: with 0.4 as much KL as without neutral prose, and neutral text loses a third less; with
-    # 1 another 7% less, and the KL is 4% larger (docs/levers.md).
+    # One published persona at 25%: with 0.4 as much KL as without neutral prose, and neutral text loses a third less;
+    # with 1 another 7% less, and the KL is 4% larger (docs/levers.md).
     neutral_weight: float = Field(0.4, ge=0, description="what they count in scores and search beside the persona's 1")
     recovery_steps: int = Field(0, ge=0, description="steps of KL to the dense model after the repair")
     recovery: Literal["weights", "lora"] = Field("weights", description="what they train; lora needs the extra peft")
