@@ -26,6 +26,7 @@ class SculptConfig(BaseModel):
     questions: tuple[str, ...] = Field((), description="further question files or datasets, added to the bank")
     eval_questions: str | None = Field(None, description="held-out question file instead of the bundled held-out split")
     held_out_questions: int = Field(24, ge=1)
+    held_out_answers: int = Field(1, ge=1, description="answers to each; more of them make a smaller error of the test")
     answers: str = Field("self", description='"self", URL or URL#model of an endpoint, or a model folder or name')
     in_character: bool = Field(True, description="answers under the persona prompt")
     answer_tokens: int = Field(80, ge=1)

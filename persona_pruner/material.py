@@ -77,7 +77,8 @@ class Run:
 
 
 def _held_out(run: Run) -> dict:
-    """{"questions", "answers"}: the test, answered by the dense model; made before anything else."""
+    """{"questions", "answers"}: the test, answered by the dense model once or in several rounds; made before anything
+    else."""
     config = run.config
     published = run.persona.raw.get("questions") if run.persona.raw else None
 
@@ -90,14 +91,17 @@ def _held_out(run: Run) -> dict:
         else:
             questions = run.most_sensitive(bank.bundled("heldout"), "held-out questions")[:count]
         prompts = [prompt_ids(run.tokenizer, run.system, question) for question in questions]
-        with run.progress.stage("held-out answers", len(prompts)) as step:
+        found = []
+        with run.progress.stage("held-out answers", len(prompts) * config.held_out_answers) as step:
             stops = stop_ids(run.model, run.tokenizer)
             count_done = lambda batch: step(len(batch))  # noqa: E731
-            found = generate(run.model, prompts, stops, config.held_out_tokens, seed=HELD_OUT_SEED, done=count_done)
+            for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + config.held_out_answers):
+                found += generate(run.model, prompts, stops, config.held_out_tokens, seed=seed, done=count_done)
         return {"questions": questions, "answers": found}
 
     given = published, run.sources.get(config.eval_questions)
-    key = run.key("held-out", run.settings("held_out_questions", "held_out_tokens", "eval_questions"), given)
+    names = ("held_out_questions", "held_out_answers", "held_out_tokens", "eval_questions")
+    key = run.key("held-out", run.settings(*names), given)
     return run.work.value("held_out", key, make)
 
 
@@ -196,8 +200,8 @@ def stage_one(run: Run) -> tuple[dict, list[Example]]:
 
 @dataclass(frozen=True)
 class Material:
-    """Stage 1 of one persona: its prompt, held-out questions and the dense model's answers (token ids), and the
-    calibration examples of own and bank questions."""
+    """Stage 1 of one persona: its prompt, held-out questions and the dense model's answers (token ids; as many rounds
+    as `held_out_answers`), and the calibration examples of own and bank questions."""
 
     system: str
     questions: list[str]

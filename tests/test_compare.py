@@ -90,6 +90,8 @@ def test_the_plan():
     assert count(method="sparsegpt-2:4") == 1 + 6 and count(method="persona-2:4") == 6
     assert {b.method for b in made if "2:4" in b.method and b.ratio != 0.5} == {"persona-slim-2:4"}
     assert not [b for b in builds(["shared"], [0.5], 1, 1)]
+    some = builds(chosen_methods(["all"]), [0.25, 0.5], 2, 3, "generic")
+    assert some == [b for b in made if b.calibration != "persona" or b.method not in BASELINES]
     assert {*GROUPS["baselines"]} == {name for name, method in BASELINES.items() if not method.two_four}
 
 
@@ -335,6 +337,7 @@ def test_the_command(folder, tmp_path, capsys):
         (["--methods", "luck"], "method 'luck' is not one of"),
         (["--ratios", "half"], "--ratios half is not a list of numbers"),
         (["--set", "steps"], "--set steps is not of the form"),
+        (["--calibration", "own"], "calibration 'own' is neither both nor generic"),
     ):
         with pytest.raises(SystemExit) as caught:
             main([*map(str, arguments), *wrong])

@@ -16,6 +16,7 @@ from persona_pruner.evaluation.speed import decode_speeds, fleet_speeds
 from persona_pruner.fleet import Fleet
 from persona_pruner.synthesis import bank
 from persona_pruner.testing import tiny_examples, tiny_model, tiny_tokenizer
+from persona_pruner.workspace import stored_held_out
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     base = save_tiny(folder / "base")
     model, tokenizer = pp.load_model(base, dtype="float32")
-    settings = {**QUICK, "compare": False, "eval_questions": HELD_OUT, "base": str(base)}
+    settings = {**QUICK, "compare": False, "eval_questions": HELD_OUT, "held_out_answers": 2, "base": str(base)}
     return pp.sculpt(model, tokenizer, pp.Persona.from_text(TEXT), out=folder / "run", **settings), folder / "run"
 
 
@@ -41,7 +42,8 @@ def test_the_sculpts_own_numbers_come_out_again(made):
     assert (found["questions"], found["tokens"]) == (4, numbers["held_out"]["tokens"])
     assert found["persona"] == "Bram" and found["base"] == result.persona_file.base
     assert "dense answers" not in progress.stages and json.loads(json.dumps(found)) == found
-    assert evaluate(run, count=2)["questions"] == 2
+    few, answers = evaluate(run, count=2), stored_held_out(run)["answers"]
+    assert few["questions"] == 2 and few["tokens"] == sum(len(answers[i]) for i in (0, 1, 4, 5))
 
 
 def test_a_persona_file_alone_is_the_mask_without_repair(made, tmp_path):

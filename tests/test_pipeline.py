@@ -190,6 +190,7 @@ STAGES = ("held_out.json", "questions.json", "answers.json", "scores.safetensors
         ({"seed": 1}, "questions answers scores search"),
         ({"bank_questions": 5}, "questions answers scores search"),
         ({"held_out_tokens": 9}, "held_out questions answers"),  # the answers come out the same, so the rest stands
+        ({"held_out_answers": 2}, "held_out questions answers"),
         ({"persona": TEXT + " He hums."}, "held_out questions answers scores search"),
         ({"model": tiny_model(seed=1)}, "held_out questions answers scores search"),
         ({"ridge": 0.2}, ""),
@@ -204,6 +205,10 @@ def test_only_what_depends_on_a_setting_is_recomputed(base, tmp_path, change, an
     after = snapshot(folder / "stages")
     assert {name.split(".")[0] for name in STAGES if after[name] != before[name]} == set(anew.split())
     assert after["finished.json"] != before["finished.json"]
+    if "held_out_answers" in change:
+        once, twice = (stage(where, "held_out") for where in (base[1], folder))
+        assert twice["questions"] == once["questions"] and twice["answers"][:4] == once["answers"]
+        assert len(twice["answers"]) == 8 and twice["answers"][4:] != once["answers"]
     if "ratio" in change or "seed" in change:
         assert comparable(result.metrics) == comparable(sculpt(**change).metrics)
 

@@ -40,6 +40,9 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="all, or of baselines, own, 2:4 and single names, with commas between.")
     ] = "all",
+    calibration: Annotated[
+        str, typer.Option(help="Data of published methods: generic, or both, the persona's as a second line each.")
+    ] = "both",
     seeds: Seeds = 1,
     count: Count = None,
     judge: Annotated[
@@ -79,6 +82,7 @@ def compare(
     options = {"base": model, "judge": judge, "judge_prompt": prompt, "limit": limit, "progress": progress}
     if workers > 1:
         options["workers"] = Workers(workers, (model, device, dtype, hub))
+    options["calibration"] = calibration
     options["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
     result = run(base, tokenizer, people, out, wanted, shares, seeds, **options, **settings)
     if as_json:

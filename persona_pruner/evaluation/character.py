@@ -38,7 +38,8 @@ def evaluate_character(
     pruned.file.check(dense)
     stored = None if questions else stored_held_out(path)
     if stored:
-        asked, answers = stored["questions"][:count], stored["answers"][:count]
+        number, asked = len(stored["questions"]), stored["questions"][:count]
+        answers = [answer for i, answer in enumerate(stored["answers"]) if i % number < count]
     else:
         source = [q.text for q in bank.load_questions(questions)] if questions else bank.bundled("heldout")
         asked = source[:count]

@@ -84,14 +84,16 @@ def compare(
     limit: int | None = None,
     progress: Progress | None = None,
     workers: Workers | None = None,
+    calibration: str = "both",
     **settings,
 ) -> dict:
     """Every method on every persona, and what comes of it as plain values, also written to `out` as Markdown, CSV, JSON
     and a page of plots. A second run with the same arguments goes on where the first stopped.
 
     methods: as `plan.chosen_methods` gives them; judge: `URL` or `URL#model`; tasks: of lm-eval, `limit` questions
-    each; workers: processes that make the models side by side, by default this one does; settings: the fields of
-    `SculptConfig` for data and search. Raises InputError for settings out of range, and RunError when a worker fails.
+    each; workers: processes that make the models side by side, by default this one does; calibration: of published
+    methods, as in `plan.builds`; settings: the fields of `SculptConfig` for data and search. Raises InputError for
+    settings out of range, and RunError when a worker fails.
     """
     settings = {name: value for name, value in settings.items() if name not in ("ratio", "seed")}
     SculptConfig.of(**settings)
@@ -100,12 +102,12 @@ def compare(
             kept_width(width, ratio)
     if seeds < 1 or not methods or not ratios or not personas:
         raise InputError("a comparison needs at least one persona, method, ratio and seed")
+    planned = builds(methods, ratios, seeds, len(personas), calibration)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; the results need a folder")
     name = models.base_name(model, base)
     study = Study(model, tokenizer, personas, folder, name, settings, progress or Progress())
-    planned = builds(methods, ratios, seeds, len(personas))
     rows = cells(study, planned, tasks, limit, workers)
     dense = Workspace(folder / "cells").read("dense", study.root)
     verdict = judge_cells(study, rows, judge, judge_prompt, dense["answers"]) if judge else None

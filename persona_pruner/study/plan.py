@@ -67,9 +67,14 @@ def chosen_methods(words: Sequence[str]) -> list[str]:
     return out
 
 
-def builds(methods: Sequence[str], ratios: Sequence[float], seeds: int, personas: int) -> list[Build]:
+def builds(
+    methods: Sequence[str], ratios: Sequence[float], seeds: int, personas: int, calibration: str = "both"
+) -> list[Build]:
     """Every model to be made. A method that equal data always brings to the same model has one seed with generic
-    data; persona data differ from seed to seed. 2:4 methods take part where 0.5 is one of the ratios."""
+    data; persona data differ from seed to seed. 2:4 methods take part where 0.5 is one of the ratios. Published methods
+    get generic data and, with calibration "both", the persona's as well. Raises InputError for another word."""
+    if calibration not in ("both", "generic"):
+        raise InputError(f"calibration {calibration!r} is neither both nor generic")
     generic: list[Build] = []
     shared: list[Build] = []
     each: list[Build] = []
@@ -82,6 +87,6 @@ def builds(methods: Sequence[str], ratios: Sequence[float], seeds: int, personas
                 generic += [Build(name, kind, ratio, s, None) for s in range(seeds if baseline.seeded else 1)]
             if name == SHARED:
                 shared += [Build(name, "shared", ratio, s, None) for s in range(seeds if personas > 1 else 0)]
-            elif not baseline or baseline.data:
+            elif not baseline or (baseline.data and calibration == "both"):
                 each += [Build(name, "persona", ratio, s, p) for s in range(seeds) for p in range(personas)]
     return [*generic, *shared, *sorted(each, key=lambda b: (b.seed, b.persona))]

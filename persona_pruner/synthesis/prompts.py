@@ -55,8 +55,9 @@ def open_question_ids(tokenizer, system: str, start: str) -> list[int]:
 
 
 def examples(tokenizer, system: str, questions: Sequence[str], answers: Sequence[list[int]]) -> list[Example]:
-    """Questions with the token ids of their answers as training or test examples."""
-    pairs = zip(questions, answers, strict=True)
+    """Questions with the token ids of their answers, one each or several rounds, as training or test examples."""
+    rounds = max(1, len(answers) // max(1, len(questions)))
+    pairs = zip([*questions] * rounds, answers, strict=True)
     return [Example(prompt_ids(tokenizer, system, question), list(answer)) for question, answer in pairs]
 
 
