@@ -21,8 +21,9 @@ class Progress:
             yield self._step
         finally:
             self._stop()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-        self._end(name, self.seconds[name])
+        took = time.perf_counter() - begun
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        self._end(name, took)
 
     def note(self, text: str) -> None:
         """A line worth reading."""

@@ -1,6 +1,7 @@
 """analyse: studies that run on tiny models, and the quantities in them by hand."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from persona_pruner.evaluation import metrics
 from persona_pruner.persona import Persona
 from persona_pruner.search.masks import agreement
 from persona_pruner.study import analyse as analysing
-from persona_pruner.study.analyse import STUDIES, analyse, rank_correlation, thin
+from persona_pruner.study.analyse import STUDIES, analyse, gap, rank_correlation, thin
 from persona_pruner.study.compare import Study
 from persona_pruner.study.own import made
 from persona_pruner.synthesis.prompts import chat, encode, examples, render
@@ -47,6 +48,7 @@ def kl(study, number, model):
 
 @pytest.mark.parametrize("name, method", [("cross", "persona-scores"), ("cross-masks", "persona-global-bias")])
 def test_cross_table(study, name, method):
+    study = replace(study, settings={**SETTINGS, "held_out_answers": 2}, materials={})
     found = STUDIES[name](study, 0.5, 1)
     searches = [study.search(0, 0), study.search(1, 0), study.shared(0)]
     assert [row[0] for row in found["rows"]] == [*study.names, "all together"]
@@ -60,6 +62,20 @@ def test_cross_table(study, name, method):
     less = int((table.diagonal() < together).sum())
     assert f"least of its row {rows} times and least of its column {columns} times of 2" in found["about"]
     assert f"less than what the last row has there {less} times" in found["about"]
+    column = [row[2] for row in found["rows"]]
+    best = min(range(3), key=lambda i: (i == 1, column[i]))
+    assert re.search(
+        rf"[,:] {re.escape(f'{column[1] - column[best]:+.3f}')} ± [\d.]+ \(mara, {found['rows'][best][0]}\)",
+        found["about"],
+    )
+
+
+def test_a_gap_and_its_standard_error():
+    own, other = torch.tensor([[1.0, 2.0, 6.0], [2.0, 1.0, 2.0]])
+    mean, error = gap(own, other, torch.tensor([0.25, 0.25, 0.5]))
+    assert mean == -0.25 + 0.25 + 2.0 and error == pytest.approx((9 / 16 + 1 / 16 + 4 / 4) ** 0.5)
+    even = torch.full((3,), 1 / 3)
+    assert gap(own, other, even)[1] == pytest.approx((own - other).std().item() * (2 / 9) ** 0.5)
 
 
 def test_seeds(study):

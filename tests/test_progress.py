@@ -33,6 +33,17 @@ def test_one_line_a_stage_and_no_bar_without_a_terminal():
     assert line.startswith("loading runs/[b]x[/b] ") and line.endswith(" s") and note == "a [red]note" and end == ""
 
 
+def test_a_line_says_what_this_stage_took_not_all_of_its_name(monkeypatch):
+    progress, times = ConsoleProgress(console(False)), iter((0.0, 2.0, 10.0, 13.0))
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    for _ in range(2):
+        with progress.stage("answers", 1):
+            pass
+    monkeypatch.undo()
+    assert progress.seconds == {"answers": 5.0}
+    assert [line.split()[1] for line in progress.console.file.getvalue().splitlines()] == ["2.0", "3.0"]
+
+
 def test_a_bar_on_a_terminal():
     progress = ConsoleProgress(console(True))
     with progress.stage("searching", 4) as step:

@@ -127,15 +127,37 @@ def cross_masks(study: Study, ratio: float, count: int) -> dict:
     return _cross(study, ratio, "persona-global-bias", "mask")
 
 
+def _by_question(study: Study, material: Material) -> tuple[list[metrics.Reference], Tensor]:
+    """A reference for every held-out question, with all of its answers, and the share of answer tokens that is its."""
+    found = examples(study.tokenizer, material.system, material.questions, material.answers)
+    count = len(material.questions)
+    references = [metrics.dense_reference(study.model, found[question::count]) for question in range(count)]
+    tokens = torch.tensor([sum(len(pack.target) for pack in one.packs) for one in references], dtype=torch.float64)
+    return references, tokens / tokens.sum()
+
+
+def gap(own: Tensor, other: Tensor, share: Tensor) -> tuple[float, float]:
+    """Mean of own - other over questions and its standard error, questions weighing their `share` of the tokens."""
+    difference = own - other
+    mean = (share * difference).sum()
+    return mean.item(), (share * (difference - mean)).norm().item()
+
+
 def _cross(study: Study, ratio: float, method: str, what: str) -> dict:
     _people(study, 2)
-    references = [_reference(study, study.material(n, 0)) for n in _people(study)]
-    rows = []
+    tests = [_by_question(study, study.material(n, 0)) for n in _people(study)]
+    rows, found = [], []
     for number in [*_people(study), None]:
         search = study.shared(0) if number is None else study.search(number, 0)
         model = own.made(method, search, ratio)
+        found.append([torch.tensor([_kl(model, one) for one in references]).double() for references, _ in tests])
         name = "all together" if number is None else study.names[number]
-        rows.append([name, *(_kl(model, reference) for reference in references)])
+        rows.append([name, *((share * kl).sum().item() for kl, (_, share) in zip(found[-1], tests, strict=True))])
+    gaps = []
+    for number, (_, share) in enumerate(tests):
+        _, other = min((row[number + 1], at) for at, row in enumerate(rows) if at != number)
+        mean, error = gap(found[number][number], found[other][number], share)
+        gaps.append(f"{mean:+.3f} ± {error:.3f} ({study.names[number]}, {rows[other][0]})")
     table = torch.tensor([row[1:] for row in rows[:-1]], dtype=torch.float64)
     best, columns = (int((table.argmin(dim) == torch.arange(len(table))).sum()) for dim in (1, 0))
     beaten = int((table.diagonal() < torch.tensor(rows[-1][1:], dtype=torch.float64)).sum())
@@ -143,7 +165,8 @@ def _cross(study: Study, ratio: float, method: str, what: str) -> dict:
         f"KL of the persona's {what} (row) on the held-out questions of each persona (column); the last row is one "
         f"{what} from as much data of all personas together. Made by {method}: {own.METHODS[method][1]}. "
         f"The diagonal is least of its row {best} times and least of its column {columns} times of {len(table)}; "
-        f"it is less than what the last row has there {beaten} times."
+        f"it is less than what the last row has there {beaten} times. Less the best other of its column, with the "
+        f"standard error over questions: {', '.join(gaps)}."
     )
     title = f"One persona's {what} on another's questions"
     return _study(title, about, [f"{what} of", *study.names], rows, "heat")
