@@ -69,3 +69,14 @@ def call(capsys):
     threads = torch.get_num_threads()
     yield run
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def short_texts():
+    """Three neutral passages instead of sixteen: they are most of the time of a tiny sculpt."""
+    from persona_pruner.synthesis import bank
+
+    every = bank.passages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bank, "passages", lambda split: every(split)[:3])
+        yield

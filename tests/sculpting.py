@@ -1,10 +1,12 @@
 """A sculpt in seconds: settings, a tiny base model on disk, and what is compared between two runs."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import persona_pruner as pp
 from persona_pruner.progress import Progress
 from persona_pruner.testing import tiny_model, tiny_tokenizer
 
@@ -14,6 +16,8 @@ QUICK = {
     "own_questions": 8, "bank_questions": 6, "bank_candidates": 10, "held_out_questions": 4, "answer_tokens": 12,
     "held_out_tokens": 10, "steps": 3, "budget": 400, "neutral_examples": 2,
 }  # fmt: skip
+BARE = {**QUICK, "compare": False, "eval_questions": HELD_OUT}
+CHEAP = {"start": "random", "steps": 0, "repair": False}  # where only the data matters
 QUICK_ARGUMENTS = [word for name, value in QUICK.items() for word in ("--set", f"{name}={value}")]
 MEASURED = ("seconds", "tokens_per_second", "fleet_tokens_per_second")  # differ between equal runs
 
@@ -22,6 +26,17 @@ def save_tiny(folder: Path, **changes) -> Path:
     tiny_model(**changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def sculpt(out=None, model=None, persona=TEXT, **settings):
+    """pp.sculpt of a tiny model by `BARE`, changed by `settings`."""
+    persona = pp.Persona.from_text(persona) if isinstance(persona, str) else persona
+    return pp.sculpt(model or tiny_model(), tiny_tokenizer(), persona, out=out, **{**BARE, **settings})
+
+
+def stage(folder, name):
+    """What the run in this folder stored of a stage."""
+    return json.loads((folder / "stages" / f"{name}.json").read_text())["value"]
 
 
 def comparable(metrics: dict) -> dict:

@@ -1,66 +1,37 @@
-"""sculpt() end to end on tiny random models: artefacts, resuming, what is recomputed, and what is kept apart."""
+"""sculpt() end to end on tiny random models: artefacts, numbers, formats, and what is kept apart."""
 
 import copy
 import json
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
-from limits import files_up_to
 from safetensors.torch import load_file
-from sculpting import HELD_OUT, QUICK, TEXT, Recorder, comparable, environment, save_tiny, snapshot
+from sculpting import BARE, CHEAP, QUICK, TEXT, Recorder, environment, save_tiny, sculpt, snapshot, stage
 
 import persona_pruner as pp
 from persona_pruner import models, pipeline
-from persona_pruner.errors import InputError, RunError
+from persona_pruner.errors import InputError
 from persona_pruner.nn import masked, slim_copy
 from persona_pruner.nn.sparse import packed_layers
-from persona_pruner.pipeline import SAVE_EVERY
 from persona_pruner.search.repair import repair_
 from persona_pruner.synthesis import bank
-from persona_pruner.synthesis.generate import BATCH
 from persona_pruner.synthesis.prompts import encode
 from persona_pruner.testing import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
 
-BARE = {**QUICK, "compare": False, "eval_questions": HELD_OUT}
-CHEAP = {"start": "random", "steps": 0, "repair": False}  # where only the data matters
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 WHOLE = {"compare": True, "eval_questions": None, "base": "tiny"}
 IDS = torch.tensor([tiny_examples(1)[0].prompt])
 
 
-def sculpt(out=None, model=None, persona=TEXT, **settings):
-    persona = pp.Persona.from_text(persona) if isinstance(persona, str) else persona
-    return pp.sculpt(model or tiny_model(), tiny_tokenizer(), persona, out=out, **{**BARE, **settings})
-
-
-def stage(folder, name):
-    return json.loads((folder / "stages" / f"{name}.json").read_text())["value"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_texts():
-    """Three neutral passages instead of sixteen: they are most of the time of a tiny sculpt."""
-    every = bank.passages
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bank, "passages", lambda split: every(split)[:3])
-        yield
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, short_texts):
     """(result, folder, recorder) of a sculpt with everything on; not to be changed."""
     folder, progress = tmp_path_factory.mktemp("whole") / "run", Recorder()
     return sculpt(folder, **WHOLE, progress=progress), folder, progress
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """(result, folder, stages) of a sculpt by `BARE`; not to be changed."""
-    folder, progress = tmp_path_factory.mktemp("base") / "run", Recorder()
-    return sculpt(folder, progress=progress), folder, progress.stages
 
 
 def test_artefacts(whole):
@@ -157,81 +128,6 @@ def test_a_second_run_computes_nothing(whole):
     assert again.persona_file.fingerprint == result.persona_file.fingerprint
 
 
-def test_what_is_missing_or_damaged_is_made_again(base, tmp_path):
-    first, folder = base[0], shutil.copytree(base[1], tmp_path / "run")
-    for name, stages in (
-        ("report.html", set()),
-        ("persona.persona.safetensors", set()),
-        ("stages/search.safetensors", {"straight-through search"}),
-        ("stages/answers.json", {"answers in character"}),
-        ("stages/held_out.json", {"held-out answers"}),
-    ):
-        whole = (folder / name).read_bytes()
-        for damage in (b"", whole[: len(whole) // 2]) if name.startswith("stages") else (None,):
-            (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage)
-            progress = Recorder()
-            again = sculpt(folder, progress=progress)
-            assert stages <= set(progress.stages) and (folder / name).exists()
-            assert comparable(again.metrics) == comparable(json.loads(json.dumps(first.metrics)))
-            assert "questions of its own" not in progress.stages and "channel scores (fisher)" not in progress.stages
-
-
-STAGES = ("held_out.json", "questions.json", "answers.json", "scores.safetensors", "search.safetensors")
-
-
-@pytest.mark.parametrize(
-    "change, anew",
-    [
-        ({"ratio": 0.5}, "search"),
-        ({"scope": "global"}, "search"),
-        ({"steps": 4}, "search"),
-        ({"start": "wanda"}, "scores search"),
-        ({"answer_tokens": 9}, "answers scores search"),
-        ({"seed": 1}, "questions answers scores search"),
-        ({"bank_questions": 5}, "questions answers scores search"),
-        ({"held_out_tokens": 9}, "held_out questions answers"),  # the answers come out the same, so the rest stands
-        ({"held_out_answers": 2}, "held_out questions answers"),
-        ({"persona": TEXT + " He hums."}, "held_out questions answers scores search"),
-        ({"model": tiny_model(seed=1)}, "held_out questions answers scores search"),
-        ({"ridge": 0.2}, ""),
-        ({"repair": False}, ""),
-    ],
-)
-def test_only_what_depends_on_a_setting_is_recomputed(base, tmp_path, change, anew):
-    folder = tmp_path / "run"
-    shutil.copytree(base[1], folder)
-    before = snapshot(folder / "stages")
-    result = sculpt(folder, **change)
-    after = snapshot(folder / "stages")
-    assert {name.split(".")[0] for name in STAGES if after[name] != before[name]} == set(anew.split())
-    assert after["finished.json"] != before["finished.json"]
-    if "held_out_answers" in change:
-        once, twice = (stage(where, "held_out") for where in (base[1], folder))
-        assert twice["questions"] == once["questions"] and twice["answers"][:4] == once["answers"]
-        assert len(twice["answers"]) == 8 and twice["answers"][4:] != once["answers"]
-    if "ratio" in change or "seed" in change:
-        assert comparable(result.metrics) == comparable(sculpt(**change).metrics)
-
-
-def test_files_of_questions_count_by_their_content(tmp_path):
-    held_out, more, folder = tmp_path / "held.json", tmp_path / "more.json", tmp_path / "run"
-    settings = {"eval_questions": str(held_out), "questions": (str(more),), "bank_questions": 500, "filter": False}
-    settings |= {"bank_candidates": 500, "own_questions": 0, "answer_tokens": 1, **CHEAP}
-    held_out.write_text(json.dumps(["Which hammer would you never lend to anyone?"]))
-    more.write_text(json.dumps(["What rhymes with anvil in your village song?"]))
-    sculpt(folder, **settings)
-    assert stage(folder, "held_out")["questions"] == json.loads(held_out.read_text())
-    assert json.loads(more.read_text())[0] in stage(folder, "questions")["bank"]
-    more.write_text(json.dumps(["What do you hum while the iron cools?"]))
-    sculpt(folder, progress=(progress := Recorder()), **settings)
-    assert json.loads(more.read_text())[0] in stage(folder, "questions")["bank"]
-    assert "held-out answers" not in progress.stages
-    held_out.write_text(json.dumps(["Which tongs are the oldest in the forge?"]))
-    result = sculpt(folder, **settings)
-    assert stage(folder, "held_out")["questions"] == json.loads(held_out.read_text())
-    assert result.metrics["dialogue"][0]["question"] == json.loads(held_out.read_text())[0]
-
-
 def test_scores_take_some_examples_and_the_rest_all(monkeypatch):
     """The search has dense targets of all examples, those that the scores did not see included."""
     rows: dict[str, list[int]] = {"scores": [], "repair": []}
@@ -256,51 +152,6 @@ def test_a_published_question_set_is_its_own_test():
     raw = {"instruction": [{"pos": "Act as this persona: A gruff smith named Bram."}], "questions": ["Who are you?"]}
     result = sculpt(persona=pp.Persona._from_raw(raw, "set.json"), eval_questions=None, steps=0)
     assert [row["question"] for row in result.metrics["dialogue"]] == ["Who are you?"] and result.folder is None
-
-
-def test_interrupted_in_every_stage(base, tmp_path):
-    """The result is that of a run in one go, and a stage that was finished is not computed again."""
-    want, _, stages = base
-    folder, stored = tmp_path / "run", stages[: stages.index("repair, block by block")]
-    for name in stages:
-        progress = Recorder(stop=name)
-        with pytest.raises(KeyboardInterrupt):
-            sculpt(folder, progress=progress)
-        assert progress.stages[-1] == name and len(progress.stages) <= 3  # what one artefact takes, and this one
-        assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
-        assert {path.name for path in folder.glob("*")} <= {"stages"}
-    result = sculpt(folder, progress=(final := Recorder()))
-    assert not set(final.stages) & set(stored)
-    assert comparable(result.metrics) == comparable(want.metrics)
-    assert torch.equal(result.model(IDS).logits, want.model(IDS).logits)
-
-
-def test_interrupted_within_answers_and_within_the_search(tmp_path):
-    settings = {"bank_questions": BATCH + 10, "bank_candidates": BATCH + 10, "filter": False, "steps": SAVE_EVERY + 4}
-    want = sculpt(tmp_path / "one", **settings)
-    folder = tmp_path / "two"
-    with pytest.raises(KeyboardInterrupt):  # the first step tells how many are there already
-        sculpt(folder, progress=Recorder("answers in character", 2), **settings)
-    assert len(stage(folder, "answers")) == BATCH
-    with pytest.raises(KeyboardInterrupt):
-        sculpt(folder, progress=(progress := Recorder("straight-through search", SAVE_EVERY + 3)), **settings)
-    assert progress.told["answers in character"][0] == BATCH
-    got = sculpt(folder, progress=(progress := Recorder()), **settings)
-    assert progress.told["straight-through search"][0] == SAVE_EVERY
-    assert comparable(got.metrics) == comparable(want.metrics)
-
-
-def test_a_full_disk(base, tmp_path):
-    folder = tmp_path / "run"
-    with pytest.raises(RunError, match=r"could not write .*slim: .*too large"), files_up_to(100_000):
-        sculpt(folder)
-    assert not (folder / "slim").exists() and not [p for p in folder.rglob("*") if p.name.startswith(".")]
-    with pytest.raises(RunError, match=r"could not write .*held_out\.json"), files_up_to(200):
-        sculpt(tmp_path / "other")
-    assert not any(path.is_file() for path in (tmp_path / "other").rglob("*"))
-    result = sculpt(folder, progress=(progress := Recorder()))
-    assert "straight-through search" not in progress.stages and (folder / "slim" / "config.json").exists()
-    assert comparable(result.metrics) == comparable(base[0].metrics)
 
 
 def test_held_out_words_never_reach_calibration(tmp_path):
@@ -447,10 +298,12 @@ def test_a_packed_checkpoint_without_repair_keeps_weights_as_they_are(tmp_path):
         assert torch.equal(found[kept], weight[kept]) and int(kept.unflatten(1, (-1, 4)).sum(-1).max()) == 2
 
 
-def test_seeds_and_starts_find_other_masks(base):
+def test_seeds_and_starts_find_other_masks():
+    first = sculpt().persona_file.masks
+
     def same(**settings):
         masks = sculpt(**settings).persona_file.masks
-        return all(torch.equal(a, b) for a, b in zip(base[0].persona_file.masks, masks, strict=True))
+        return all(torch.equal(a, b) for a, b in zip(first, masks, strict=True))
 
     assert same() and not same(seed=1)
     assert not any(same(start=start, loss="ce") for start in ("wanda", "taylor", "random"))

@@ -80,10 +80,9 @@ def compare(
     settings = parse_settings(set_)
     base, tokenizer, progress = load(model, device, dtype, hub)
     options = {"base": model, "judge": judge, "judge_prompt": prompt, "limit": limit, "progress": progress}
+    options |= {"calibration": calibration, "tasks": [task.strip() for task in tasks.split(",") if task.strip()]}
     if workers > 1:
         options["workers"] = Workers(workers, (model, device, dtype, hub))
-    options["calibration"] = calibration
-    options["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
     result = run(base, tokenizer, people, out, wanted, shares, seeds, **options, **settings)
     if as_json:
         return print_json(result)
